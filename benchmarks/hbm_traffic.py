@@ -1,0 +1,115 @@
+"""Memory traffic of a training step on a TPU v5e, compiled for it: no TPU is needed.
+
+    pip install -e '.[preflight]' && python -m benchmarks.hbm_traffic [--only cross_entropy]
+
+DeepLabv3 on ResNet-50, 513², bfloat16, 8 images a chip, auxiliary head, as in
+configs/voc2012_deeplabv3_r50.py. Bytes are counted twice: to and from HBM in the schedule
+(`dilaff_jax.hlo`), and as XLA's own "bytes accessed". Every run adds its rows, with commit, to
+results/hbm_traffic.json, which docs/performance.md reads. The whole step takes ten minutes of
+two cores to compile.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import timing
+from configs import voc2012_deeplabv3_r50
+from dilaff_jax import chips, losses, reporting, resize
+from dilaff_jax.footprint import Footprint, measure
+from dilaff_jax.parallel import Devices
+from dilaff_jax.preflight import Programs
+
+CLASSES, ROWS, SIZE = 21, 8, (513, 513)
+
+
+def step(affinity: float) -> Callable[[Devices], Callable[[int], Any]]:
+    """What lowers the training step; affinity 0 is the plain baseline."""
+
+    def make(devices: Devices) -> Callable[[int], Any]:
+        config = voc2012_deeplabv3_r50.get_config()
+        config.data.crop_size = SIZE
+        config.loss.affinity = affinity
+        return Programs(config, CLASSES, SIZE, devices).train_step
+
+    return make
+
+
+def loss(
+    function: Callable[[jax.Array, jax.Array], losses.Parts],
+) -> Callable[[Devices], Callable[[int], Any]]:
+    """What lowers value and gradient of a loss of logits at stride 8."""
+
+    def make(devices: Devices) -> Callable[[int], Any]:
+        def program(logits: jax.Array, labels: jax.Array) -> Any:
+            return jax.value_and_grad(lambda x: losses.finish(function(x, labels)))(logits)
+
+        def lower(rows: int) -> Any:
+            logits = jax.ShapeDtypeStruct((rows, 65, 65, CLASSES), jnp.float32)
+            labels = jax.ShapeDtypeStruct((rows, *SIZE), jnp.uint8)
+            placed = devices.abstract((logits, labels))
+            return jax.jit(program).trace(*placed).lower(lowering_platforms=("tpu",))
+
+        return lower
+
+    return make
+
+
+PARTS = {
+    "cross_entropy_at_once": loss(
+        lambda x, y: losses.cross_entropy(resize.bilinear(x, y.shape[1:]), y)
+    ),
+    "cross_entropy_by_rows": loss(lambda x, y: losses.enlarged(losses.cross_entropy, x, y)),
+    "training_step": step(1.0),
+    "training_step_without_affinity": step(0.0),
+}
+
+
+def row(name: str, found: Footprint) -> dict[str, Any]:
+    """One line of the results."""
+    return {
+        "part": name,
+        "hbm_gb_per_image": found.traffic / found.rows / 1e9,
+        "xla_gb_per_image": found.xla_bytes / found.rows / 1e9,
+        "gflop_per_image": found.flops / found.rows / 1e9,
+        "temporaries_gb": found.temporaries / 1e9,
+        "memory_gb": found.memory / 1e9,
+        "compile_seconds": found.compile_seconds,
+    }
+
+
+def main() -> None:
+    """Compiles the parts asked for, prints all rows so far, adds the new ones to the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", default="", help="parts whose names begin so")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    path = timing.RESULTS / "hbm_traffic.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    devices = Devices("shard_map", compile_for=chips.devices("v5e:1x1"))
+    about = timing.provenance("flax", "libtpu")
+    for name in [name for name in PARTS if name.startswith(args.only)]:
+        found = measure(name, PARTS[name](devices), ROWS, None)
+        new = row(name, found) | {"commit": about["commit"], "versions": about["versions"]}
+        rows = [r for r in rows if (r["part"], r["commit"]) != (name, about["commit"])] + [new]
+        timing.write(
+            "hbm_traffic",
+            {
+                "command": "python -m benchmarks.hbm_traffic",
+                "chip": "TPU v5e, compiled for, not run",
+                "images_per_chip": ROWS,
+                "size": SIZE,
+                "rows": rows,
+            },
+        )
+    keys = ("hbm_gb_per_image", "xla_gb_per_image", "gflop_per_image", "temporaries_gb")
+    lines = [[r["part"], r["commit"][:7], *(f"{r[k]:.4g}" for k in keys)] for r in rows]
+    print(reporting.table("memory traffic on a TPU v5e", ["part", "commit", *keys], lines))
+
+
+if __name__ == "__main__":
+    main()

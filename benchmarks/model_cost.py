@@ -1,0 +1,167 @@
+"""Parameters, FLOPs and memory of each network, with the affinity head, and with propagation.
+
+    python -m benchmarks.model_cost
+
+FLOPs of one forward pass, batch 1, as `dilaff_jax.cost` counts them; the propagation step is held
+against the formula 2(K+1)·C·H·W. Memory is the compiled program's temporaries, forward and with the
+backward pass.
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+import tqdm
+
+from benchmarks import timing
+from dilaff_jax import propagate, resize
+from dilaff_jax.cost import abstract_variables, flops, gradient, parameters, temporaries
+from dilaff_jax.models import segmenter
+
+NUM_CLASSES = 21
+STEPS = 3
+LIGHT = {"width": 128, "low_level": 24, "separable": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet18 deeplabv3plus": {"output_stride": 16},
+    "resnet34 unet": {"output_stride": 32},
+    "resnet50 fcn": {"output_stride": 8},
+    "resnet50 pspnet": {"output_stride": 8},
+    "resnet50 unet": {"output_stride": 32},
+    "resnet50 deeplabv3": {"output_stride": 8},
+    "resnet50 deeplabv3plus": {"output_stride": 16},
+    "resnet101 deeplabv3": {"output_stride": 8},
+    "mobilenet_v2 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
+    "efficientnet_lite0 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
+    "efficientnet_lite1 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
+    "efficientnet_lite2 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
+}
+# Beside so light a base the default head is no minor expense; a narrower one is given too.
+WIDTHS = {
+    name: (64, 24) if config.get("decoder_options") else (64,) for name, config in MODELS.items()
+}
+# What may count as a minor additional expense, for DeepLabv3 on ResNet-50.
+BAR = {"model": "resnet50 deeplabv3", "flops_percent": 5.0, "parameters_percent": 3.0}
+
+
+def cost(name: str, size: int, affinity: dict[str, Any] | None) -> dict[str, float]:
+    """Parameters, GFLOP and MB of one network; with affinity also those of propagation."""
+    encoder, decoder = name.split()
+    config = {"encoder": encoder, "decoder": decoder, "affinity": affinity} | MODELS[name]
+    model = segmenter.build(config, NUM_CLASSES)
+    variables = abstract_variables(model)
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    forward = functools.partial(run, model)
+    result = {
+        "parameters": parameters(variables),
+        "gflop": flops(forward, variables, images) / 1e9,
+        "memory_mb": temporaries(forward, variables, images) / 1e6,
+        "training_memory_mb": temporaries(gradient(model), variables, images) / 1e6,
+    }
+    if affinity is not None:
+        walks = [functools.partial(run, model, steps=t) for t in (0, 1, STEPS)]
+        none, one = (flops(walk, variables, images) / 1e9 for walk in walks[:2])
+        result["step_gflop"] = one - none
+        result["propagated_gflop"] = none + STEPS * (one - none)
+        result["propagated_memory_mb"] = temporaries(walks[2], variables, images) / 1e6
+    return result
+
+
+def run(
+    model: segmenter.Segmenter, variables: Any, images: jax.Array, steps: int | None = None
+) -> tuple[jax.Array | None, ...]:
+    """The forward pass; with `steps`, and the walk on the affinity's grid."""
+    out: Any = model.apply(variables, images, train=False)
+    if steps is None:
+        return out["logits"], out["affinity_logits"]
+    edges = out["affinity_logits"]
+    probs = jax.nn.softmax(resize.bilinear(out["logits"], edges.shape[1:3]))
+    offsets: Any = model.offsets
+    return (propagate.random_walk(probs, jax.nn.sigmoid(edges), offsets, steps=steps),)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
+    """One line a network and head: the base, and what the head and propagation add."""
+    result = rich.table.Table()
+    result.add_column("network", no_wrap=True)
+    for heading in (
+        "head",
+        "M param.",
+        "+ head",
+        "GFLOP",
+        "+ head",
+        f"+ {STEPS} steps",
+        "forward MB",
+        "+ head",
+        "+ steps",
+        "training MB",
+        "+ head",
+    ):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        base, head = row["base"], row["head"]
+        result.add_row(
+            row["model"],
+            str(row["width"]),
+            f"{base['parameters'] / 1e6:.2f}",
+            f"+{row['parameters_percent']:.2f} %",
+            f"{base['gflop']:.2f}",
+            f"+{row['head_flops_percent']:.2f} %",
+            f"+{row['flops_percent']:.2f} %",
+            *(f"{x:.0f}" for x in (base["memory_mb"], head["memory_mb"])),
+            f"{head['propagated_memory_mb']:.0f}",
+            *(f"{x['training_memory_mb']:.0f}" for x in (base, head)),
+        )
+    return result
+
+
+def compare(name: str, size: int) -> list[dict[str, Any]]:
+    """Costs without and with each head, and what head and propagation add in per cent."""
+    base = cost(name, size, None)
+    rows = []
+    for width in WIDTHS[name]:
+        head = cost(name, size, {"width": width})
+        percent = {
+            "parameters_percent": 100 * (head["parameters"] / base["parameters"] - 1),
+            "head_flops_percent": 100 * (head["gflop"] / base["gflop"] - 1),
+            "flops_percent": 100 * (head["propagated_gflop"] / base["gflop"] - 1),
+        }
+        rows.append({"model": name, "width": width, "base": base, "head": head} | percent)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table and writes results/model_cost.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=int, default=513)
+    parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS))
+    options = parser.parse_args(arguments)
+    names = tqdm.tqdm(options.only, desc="networks")
+    rows = [row for name in names for row in compare(name, options.size)]
+    rich.console.Console(width=150).print(table(rows))
+    grid = -(-options.size // 4)
+    content: dict[str, Any] = {
+        "config": {"size": options.size, "classes": NUM_CLASSES, "batch": 1, "steps": STEPS}
+        | {"affinity_stride": 4, "K": 32, "models": MODELS},
+        "provenance": timing.provenance("flax"),
+        "step_gflop_by_formula": 2 * 33 * NUM_CLASSES * grid**2 / 1e9,
+        "rows": rows,
+    }
+    bar = next((row for row in rows if row["model"] == BAR["model"]), None)
+    if bar:
+        met = all(bar[k] <= v for k, v in BAR.items() if isinstance(v, float))
+        content["bar"] = BAR | {"met": met}
+        print(
+            f"{BAR['model']}: head and {STEPS} steps add {bar['flops_percent']:.2f} % FLOPs (bar "
+            f"{BAR['flops_percent']} %) and {bar['parameters_percent']:.2f} % parameters (bar "
+            f"{BAR['parameters_percent']} %): {'met' if met else 'NOT met'}"
+        )
+    print("written:", timing.write("model_cost", content))
+
+
+if __name__ == "__main__":
+    main()

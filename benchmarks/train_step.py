@@ -1,0 +1,132 @@
+"""Times a training step of DeepLabv3-R50: ours, with and without affinity, against torchvision's.
+
+    pip install -e '.[bench,torch,dev]' && python -m benchmarks.train_step
+
+Forward, losses (the auxiliary one too), backward, SGD; images are on the device already. One
+process, runs interleaved. On a CPU float32 against torch eager; on a GPU bfloat16 with torch
+channels-last under autocast, eager and compiled.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+import torch
+
+from benchmarks import timing
+from configs import voc2012_deeplabv3_r50
+from dilaff_jax import optim, step
+from dilaff_jax.interop.torchvision_import import torchvision
+from dilaff_jax.models import segmenter
+from dilaff_jax.parallel import AXIS, Devices
+
+CLASSES = 21
+BASELINE, JOINT = "dilaff_jax, baseline", "dilaff_jax, with affinity"
+
+
+def ours(affinity: float, dtype: str, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """Our step on one device; returns what runs it once more, state carried on."""
+    config = voc2012_deeplabv3_r50.get_config()
+    config.model.dtype = dtype
+    config.loss.affinity = affinity
+    model = segmenter.build(step.model_config(config), CLASSES, axis_name=AXIS)
+    tx, _ = optim.optimiser(config.optim, config.num_steps)
+    train_step = step.TrainStep(config, model, CLASSES, tx)
+    devices = Devices("pmap", 1)
+    state = [devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 65, 65, 3)))]
+    program = devices.map(train_step, out="replicated", donate=True)
+    # On the device before the clock starts, as torch's are.
+    placed = jax.tree.map(jax.numpy.asarray, devices.shard(batch))
+
+    def run() -> None:
+        state[0] = program(state[0], placed)
+        jax.block_until_ready(state[0].params)
+
+    return run
+
+
+def torchs(compiled: bool, device: str, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """The step of torchvision's DeepLabv3-R50 with the same losses and optimiser."""
+    gpu = device == "cuda"
+    make = torchvision().models.segmentation.deeplabv3_resnet50
+    model = make(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
+    model = model.to(device).train()
+    images = torch.from_numpy(batch["image"]).to(device).permute(0, 3, 1, 2).float() / 255
+    if gpu:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.from_numpy(batch["label"]).to(device).long()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=255)
+    forward = torch.compile(model) if compiled else model
+
+    def run() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=gpu):
+            out = forward(images)
+            loss = criterion(out["out"].float(), labels) + 0.4 * criterion(
+                out["aux"].float(), labels
+            )
+        loss.backward()
+        optimiser.step()
+        if gpu:
+            torch.cuda.synchronize()
+        else:
+            loss.item()
+
+    return run
+
+
+def main() -> None:
+    """Times the steps, prints a table, writes results/train_step_PLATFORM.json."""
+    gpu = jax.default_backend() == "gpu"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--size", type=int, default=513 if gpu else 129)
+    parser.add_argument("--batch", type=int, default=8 if gpu else 2)
+    parser.add_argument("--repeats", type=int, default=20 if gpu else 7)
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    shape = (args.batch, args.size, args.size)
+    batch = {
+        "image": rng.integers(0, 256, (*shape, 3)).astype(np.uint8),
+        "label": rng.integers(0, CLASSES, shape).astype(np.uint8),
+    }
+    dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
+    runs = {
+        BASELINE: ours(0.0, dtype, batch),
+        JOINT: ours(1.0, dtype, batch),
+        "torchvision eager": torchs(False, device, batch),
+    }
+    if gpu:
+        runs["torchvision compiled"] = torchs(True, device, batch)
+    seconds = timing.interleaved(runs, args.repeats, "train step")
+    medians = timing.median(seconds)
+    table = rich.table.Table(title=f"DeepLabv3-R50, batch {args.batch}, {args.size}², {dtype}")
+    for column in ("", "median ms", "images/s", "/ our baseline"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, value in medians.items():
+        ratio = value / medians[BASELINE]
+        table.add_row(name, f"{1e3 * value:.0f}", f"{args.batch / value:.2f}", f"{ratio:.2f}")
+    rich.console.Console().print(table)
+    path = timing.write(
+        f"train_step_{jax.default_backend()}",
+        {
+            "command": f"python -m benchmarks.train_step --size {args.size} --batch {args.batch}",
+            **timing.provenance("flax", "optax", "torch", "torchvision"),
+            "dtype": dtype,
+            "batch": args.batch,
+            "size": args.size,
+            "median_seconds": medians,
+            "ratio_to_baseline": {n: s / medians[BASELINE] for n, s in medians.items()},
+            "seconds": seconds,
+        },
+    )
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Candidates: the grid of operators with their options, and how they are run over outputs."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilaff_jax import affinity, metrics, propagate, resize
+from dilaff_jax.ablation import outputs as outputs_lib
+from dilaff_jax.ablation.outputs import Outputs
+
+FITTED = "fitted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One operator with its options; `bias` may be `FITTED`, which each run resolves for itself."""
+
+    operator: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Under which its figures are kept."""
+        return f"{self.operator} {json.dumps(dict(self.options))}"
+
+    def __str__(self) -> str:
+        said = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options)
+        return " ".join([self.operator, *said])
+
+
+IDENTITY = Candidate("identity")
+
+
+def grid(config: Mapping[str, Any]) -> list[Candidate]:
+    """Identity, then every combination of the values of each entry of a grid.
+
+    Args:
+        config: {label: {option: values}}, "name" for an operator other than the label.
+
+    Raises:
+        ValueError: an option without values.
+    """
+    found = [IDENTITY]
+    for label, entry in config.items():
+        entry = dict(entry)
+        operator = entry.pop("name", label)
+        for option, values in entry.items():
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ValueError(
+                    f"ablate grid {label}.{option} is {values!r}; expected a tuple of values"
+                )
+        for values in itertools.product(*entry.values()):
+            found.append(Candidate(operator, tuple(zip(entry, values, strict=True))))
+    return list(dict.fromkeys(found))
+
+
+def refined_labels(
+    outputs: Outputs,
+    candidates: Sequence[Candidate],
+    bias: np.ndarray,
+    rows: int,
+    indices: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Runs candidates that differ only in numbers: yields image indices and labels `[P, n, H, W]`.
+
+    Args:
+        outputs: of a run with an affinity head.
+        candidates: with the same `program_key`.
+        bias: the fitted one, one a dilation `[D]`.
+        rows: images at a time.
+        indices: of the images; None for all.
+    """
+    assert outputs.edges is not None
+    first = candidates[0]
+    static = tuple((k, v) for k, v in first.options if _is_static(k, v))
+    names = [k for k, v in first.options if not _is_static(k, v) and k != "bias"]
+    options = {k: jnp.array([dict(c.options)[k] for c in candidates], jnp.float32) for k in names}
+    biases = jnp.stack([_bias(c, bias, outputs.offsets) for c in candidates])
+    offsets = tuple(map(tuple, np.asarray(outputs.offsets).tolist()))
+    for batch in outputs.batches(rows, indices):
+        labels = _refine(
+            batch.logits,
+            batch.edges,
+            options,
+            biases,
+            first.operator,
+            static,
+            offsets,
+            outputs.size,
+        )
+        yield batch.indices, np.asarray(labels)[:, : len(batch.indices)]
+
+
+def program_key(candidate: Candidate) -> tuple[Any, ...]:
+    """Candidates with one key are one compiled program."""
+    return candidate.operator, *(
+        (k, v) if _is_static(k, v) else k for k, v in candidate.options if k != "bias"
+    )
+
+
+def groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Candidates by program."""
+    found: dict[tuple[Any, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        found.setdefault(program_key(candidate), []).append(candidate)
+    return list(found.values())
+
+
+def operator(candidate: Candidate, bias: np.ndarray) -> propagate.Operator:
+    """The operator itself, with the fitted bias where it says so."""
+    options = dict(candidate.options)
+    if options.get("bias") == FITTED:
+        options["bias"] = np.asarray(bias, np.float32)
+    return propagate.operator(candidate.operator, **options)
+
+
+def edge_histograms(outputs: Outputs, rows: int) -> dict[str, np.ndarray]:
+    """Histograms of edge logits `[D, 2, BINS]`: of the head, and of the segmentation by itself.
+
+    What the segmentation by itself says of an edge is Σ_c p_i[c]·p_j[c], the probability that both
+    ends are of one class if they are independent; on the head's grid.
+    """
+    assert outputs.edges is not None
+    offsets = tuple(map(tuple, np.asarray(outputs.offsets).tolist()))
+    total: dict[str, np.ndarray] = {}
+    for batch in outputs.batches(rows):
+        labels = np.full((rows, *outputs.size), affinity.IGNORE_LABEL, np.uint8)
+        labels[: len(batch.indices)] = outputs_lib.padded_labels(outputs, batch.indices)
+        counts = jax.device_get(_edge_counts(batch.logits, batch.edges, labels, offsets))
+        total = metrics.add(total, counts) if total else metrics.add(counts)
+    return total
+
+
+def dilations(offsets: np.ndarray) -> list[int]:
+    """The D dilations, in the order of the channels."""
+    return list(dict.fromkeys(affinity.dilation_of(offsets).tolist()))
+
+
+@functools.partial(jax.jit, static_argnames=("operator", "static", "offsets", "size"))
+def _refine(
+    logits: jax.Array,
+    edges: jax.Array,
+    options: dict[str, jax.Array],
+    biases: jax.Array,
+    operator: str,
+    static: tuple[tuple[str, Any], ...],
+    offsets: tuple[tuple[int, ...], ...],
+    size: tuple[int, int],
+) -> jax.Array:
+    """Labels of P settings of one operator, uint8 `[P, B, *size]`."""
+    edges = edges.astype(jnp.float32)
+
+    def one(setting: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
+        numbers, bias = setting
+        refine = propagate.operator(operator, bias=bias, **dict(static), **numbers)
+        rows = np.array(offsets)
+        labels, _ = propagate.refine_logits(logits, edges, rows, size, refine)
+        return labels.astype(jnp.uint8)
+
+    return jax.lax.map(one, (options, biases))
+
+
+@functools.partial(jax.jit, static_argnames=("offsets",))
+def _edge_counts(
+    logits: jax.Array, edges: jax.Array, labels: jax.Array, offsets: tuple[tuple[int, ...], ...]
+) -> dict[str, jax.Array]:
+    rows, grid = np.array(offsets), edges.shape[1:3]
+    target, valid = affinity.targets(affinity.downsample_labels(labels, grid), rows)
+    probs = jax.nn.softmax(resize.bilinear(logits, grid))
+    same = [jnp.sum(probs * affinity.shift(probs, o), axis=-1) for o in offsets]
+    agree = jnp.clip(jnp.stack(same, axis=-1), 1e-7, 1 - 1e-7)
+    number = len(dilations(rows))
+    return {
+        "head": metrics.affinity_histogram(edges.astype(jnp.float32), target, valid, number),
+        "segmentation": metrics.affinity_histogram(
+            jnp.log(agree) - jnp.log1p(-agree), target, valid, number
+        ),
+    }
+
+
+def _bias(candidate: Candidate, fitted: np.ndarray, offsets: np.ndarray | None) -> jax.Array:
+    """`[K]`."""
+    assert offsets is not None
+    bias = dict(candidate.options).get("bias", 0.0)
+    return propagate.per_offset(fitted if bias == FITTED else bias, offsets)
+
+
+def _is_static(option: str, value: Any) -> bool:
+    """Numbers of steps, names and switches shape the program; other numbers go through it."""
+    return option != "bias" and not isinstance(value, float)

@@ -1,0 +1,215 @@
+"""The dilated neighbourhood: offsets, shifts, and ground-truth affinities from label maps.
+
+An edge joins pixel i with i + o, for every offset o = d·u with d a dilation and u a step to one of
+the 3^n - 1 neighbours in n dimensions. All functions work in any number of spatial dimensions;
+arrays are `[..., *spatial]` or `[..., *spatial, channels]`.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+IGNORE_LABEL = 255
+
+
+def offsets(
+    dilations: Sequence[int] = (1, 2, 4, 8), ndim: int = 2, symmetric: bool = False
+) -> np.ndarray:
+    """Returns the offsets O = {d·u : d in dilations, u in {-1,0,1}^ndim without 0}, `[K, ndim]`.
+
+    Dilation-major, then row-major over u; K = (3^ndim - 1)·len(dilations). `symmetric=True` keeps
+    of each pair o, -o the one that points forward (first non-zero entry positive), K/2 in all; the
+    other half follows by `mirror`. The dilations (1, 2, 4, 8) are our choice.
+
+    Raises:
+        ValueError: a dilation is not a positive integer, is given twice, or `ndim` < 1.
+    """
+    if ndim < 1:
+        raise ValueError(f"ndim is {ndim}; a neighbourhood needs at least one spatial dimension")
+    if not dilations or any(int(d) != d or d < 1 for d in dilations):
+        raise ValueError(f"dilations are {tuple(dilations)}; give one or more positive integers")
+    if len(set(dilations)) < len(dilations):
+        raise ValueError(f"dilations are {tuple(dilations)}; each may be given once")
+    steps = [u for u in itertools.product((-1, 0, 1), repeat=ndim) if any(u)]
+    if symmetric:
+        steps = [u for u in steps if _points_forward(u)]
+    return np.array([[d * x for x in u] for d in dilations for u in steps], dtype=np.int32)
+
+
+def dilation_of(offsets: np.ndarray) -> np.ndarray:
+    """Returns the dilation of each offset, max_j |o_j|, `[K]`."""
+    return np.abs(check_offsets(offsets)).max(axis=1)
+
+
+def shift(x: ArrayLike, offset: Sequence[int], fill: ArrayLike = 0) -> jax.Array:
+    """Moves `x` `[..., *spatial, C]` so that y[i] = x[i + offset], or `fill` where that is outside.
+
+    The offset may exceed the array. Its length says how many axes before the last are spatial.
+
+    Raises:
+        ValueError: `x` has fewer axes than the offset needs.
+    """
+    x = jnp.asarray(x)
+    ndim = len(offset)
+    if x.ndim < ndim + 1:
+        raise ValueError(f"x has shape {x.shape}; an offset {tuple(offset)} needs [*spatial, C]")
+    fill = jnp.asarray(fill, x.dtype)
+    padding = [(0, 0, 0)] * x.ndim
+    for axis, o in enumerate(offset, start=x.ndim - 1 - ndim):
+        if abs(o) >= x.shape[axis]:
+            return jnp.full(x.shape, fill)
+        padding[axis] = (-int(o), int(o), 0)
+    return jax.lax.pad(x, fill, padding)
+
+
+def inside(spatial: Sequence[int], offsets: np.ndarray) -> jax.Array:
+    """Returns where i + o lies in the image: bool `[*spatial, K]`.
+
+    Built from one comparison per axis, so that XLA fuses it instead of storing K maps.
+    """
+    masks = jnp.ones((1,) * len(spatial) + (len(offsets),), bool)
+    for axis, size in enumerate(spatial):
+        column = [1] * (len(spatial) + 1)
+        column[axis] = size
+        target = jnp.arange(size).reshape(column) + np.asarray(offsets)[:, axis]
+        masks = masks & (target >= 0) & (target < size)
+    return masks
+
+
+def targets(
+    labels: ArrayLike, offsets: np.ndarray, ignore_label: int = IGNORE_LABEL
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ground-truth affinities and their validity, both bool `[..., *spatial, K]`.
+
+    target[i,o] = 1 where labels[i] = labels[i+o]; valid[i,o] = 1 where i+o is inside the image and
+    neither label is `ignore_label`. Invalid pairs have target 0.
+
+    Args:
+        labels: integers `[..., *spatial]`.
+        offsets: `[K, ndim]`, from `offsets`.
+        ignore_label: the label that takes part in no edge.
+
+    Raises:
+        ValueError: `labels` are not integers or have fewer axes than the offsets.
+    """
+    labels = _check_labels(labels, check_offsets(offsets).shape[1])[..., None]
+    # Outside counts as ignored: one test then covers both reasons for a pair to be invalid.
+    neighbours = jnp.concatenate([shift(labels, o, ignore_label) for o in offsets], axis=-1)
+    valid = (labels != ignore_label) & (neighbours != ignore_label)
+    return (labels == neighbours) & valid, valid
+
+
+def soft_targets(
+    labels: ArrayLike,
+    offsets: np.ndarray,
+    size: Sequence[int],
+    num_classes: int,
+    ignore_label: int = IGNORE_LABEL,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns soft affinities at a coarser grid: target float32, valid bool, `[..., *size, K]`.
+
+    With q[i] the class shares of the labelled pixels in cell i (area-pooled one-hot labels),
+    target[i,o] = Σ_c q[i,c]·q[i+o,c]: the chance that two labelled pixels, one drawn from each
+    cell, are of one class. valid where both cells hold a labelled pixel. On cells of one class it
+    equals `targets`. Our choice; the hard counterpart is `targets(downsample_labels(...))`.
+
+    Raises:
+        ValueError: as `targets`; or `size` does not divide the labels' size (no area pooling then).
+    """
+    ndim = check_offsets(offsets).shape[1]
+    labels = _check_labels(labels, ndim)
+    spatial = labels.shape[labels.ndim - ndim :]
+    if len(size) != ndim or any(n % m for n, m in zip(spatial, size, strict=True)):
+        raise ValueError(
+            f"labels of size {spatial} cannot be pooled to {tuple(size)} in whole cells"
+        )
+    shares = jax.nn.one_hot(
+        jnp.where(labels == ignore_label, num_classes, labels), num_classes, dtype=jnp.float32
+    )
+    split = labels.shape[: labels.ndim - ndim]
+    for n, m in zip(spatial, size, strict=True):
+        split += (m, n // m)
+    first = labels.ndim - ndim
+    cells = shares.reshape(*split, num_classes).sum(
+        axis=tuple(first + 1 + 2 * a for a in range(ndim))
+    )
+    counts = cells.sum(axis=-1, keepdims=True)
+    cells = cells / jnp.maximum(counts, 1)
+    labelled = counts > 0
+    target = [jnp.sum(cells * shift(cells, o), axis=-1) for o in offsets]
+    valid = [(labelled & shift(labelled, o, False))[..., 0] for o in offsets]
+    return jnp.stack(target, axis=-1), jnp.stack(valid, axis=-1)
+
+
+def downsample_labels(labels: ArrayLike, size: Sequence[int]) -> jax.Array:
+    """Takes labels `[..., *spatial]` at the grid `[..., *size]`, nearest, half-pixel centres.
+
+    Cell i reads pixel floor((i + 1/2)·n_in/n_out), torch's `nearest-exact`: the centre of what
+    `resize.bilinear` would spread it over.
+
+    Raises:
+        ValueError: `labels` are not integers or have fewer axes than `size`.
+    """
+    labels = _check_labels(labels, len(size))
+    for axis, n_out in enumerate(size, start=labels.ndim - len(size)):
+        n_in = labels.shape[axis]
+        index = (2 * np.arange(n_out, dtype=np.int64) + 1) * n_in // (2 * n_out)
+        labels = labels if n_in == n_out else jnp.take(labels, index, axis=axis)
+    return labels
+
+
+def mirror(half: ArrayLike, offsets: np.ndarray) -> jax.Array:
+    """Completes symmetric affinities: `[..., *spatial, K/2]` to `[..., *spatial, K]`.
+
+    a[i,o] = a[i+o,-o] for the offsets that point backward. Where i+o is outside the image the value
+    is 0; propagation and losses mask these pairs.
+
+    Args:
+        half: maps of the forward offsets, in the order in which they stand in `offsets`.
+        offsets: all K offsets, `[K, ndim]`; with each o it holds -o.
+
+    Raises:
+        ValueError: an offset has no opposite, or `half` has not K/2 channels.
+    """
+    half = jnp.asarray(half)
+    rows = [tuple(int(x) for x in o) for o in check_offsets(offsets)]
+    forward = {o: k for k, o in enumerate(o for o in rows if _points_forward(o))}
+    lonely = [o for o in rows if tuple(-x for x in o) not in rows]
+    if lonely:
+        raise ValueError(f"offset {lonely[0]} has no opposite; mirror needs all K offsets")
+    if half.ndim < len(rows[0]) + 1 or half.shape[-1] != len(forward):
+        raise ValueError(f"half has shape {half.shape}; expected [..., *spatial, {len(forward)}]")
+
+    def channel(o: tuple[int, ...]) -> jax.Array:
+        if o in forward:
+            return half[..., forward[o]][..., None]
+        return shift(half[..., forward[tuple(-x for x in o)]][..., None], o)
+
+    return jnp.concatenate([channel(o) for o in rows], axis=-1)
+
+
+def check_offsets(offsets: np.ndarray) -> np.ndarray:
+    """Returns `offsets` as an integer array `[K, ndim]`; raises ValueError for any other thing."""
+    array = np.asarray(offsets)
+    if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"offsets have shape {array.shape} and dtype {array.dtype}; expected integers [K, ndim]"
+        )
+    return array
+
+
+def _points_forward(offset: Sequence[int]) -> bool:
+    return next((x > 0 for x in offset if x), False)
+
+
+def _check_labels(labels: ArrayLike, ndim: int) -> jax.Array:
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels have dtype {labels.dtype}; expected integer class indices")
+    if labels.ndim < ndim:
+        raise ValueError(f"labels have shape {labels.shape}; expected at least {ndim} axes")
+    return labels

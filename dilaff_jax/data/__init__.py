@@ -1,0 +1,24 @@
+"""Data: sets prepared as ArrayRecord by tfds builders, read by Grain.
+
+    python -m dilaff_jax.data.prepare --dataset shapes --data_dir data       # once
+
+    from dilaff_jax.data import config, datasets, pipeline
+    data = config.default(dataset="shapes", data_dir="data")     # every key: see data/config.py
+    source = datasets.load(data, "validation")    # len, [i], names, sizes, class_names, colors
+    for batch in pipeline.train_batches(data, batch_size=16, seed=0): ...
+    for batch in pipeline.eval_batches(data, batch_size=16): ...
+
+What lies where:
+    config.py         every key of `config.data`, its default and its check
+    datasets.py       `load`: a prepared data set as a random-access source
+    augment.py        joint augmentation of image and label (OpenCV)
+    pipeline.py       what is in a batch: order, shards, randomness, padding
+    batches.py        iterators: workers, saved position, prefetch to the device
+    prepare.py        the command that checks strangers' files and writes ArrayRecord
+    contact_sheet.py  pictures of images with their labels
+    builder.py        what every data set shares; images.py, folders.py: reading strangers' files
+    shapes.py, camvid.py, voc2012_seg.py, cityscapes.py, scene_parse150.py, image_folder.py:
+                      one data set each. A new one is one more file with a class `Builder`.
+
+Everywhere: images RGB uint8 `[H, W, 3]`, labels uint8 `[H, W]`, 255 = ignored.
+"""

@@ -1,0 +1,59 @@
+"""Names and colours of the classes that a network tells apart: what outlives its data set."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_FILE = "classes.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classes:
+    """Names and RGB colours of C classes.
+
+    Attributes:
+        names: C names.
+        colors: uint8 `[C, 3]`.
+    """
+
+    names: tuple[str, ...]
+    colors: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        return {"names": list(self.names), "colors": self.colors.tolist()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Classes":
+        """From what `to_json` gave. Raises ValueError if names and colours do not match."""
+        names: Sequence[str] = content.get("names", ())
+        colors = np.array(content.get("colors", ()))
+        if not names or colors.shape != (len(names), 3) or colors.min() < 0 or colors.max() > 255:
+            raise ValueError(
+                f"{len(names)} class names and colours of shape {colors.shape}; expected as many "
+                "RGB colours, 0 to 255, as names"
+            )
+        return cls(tuple(map(str, names)), colors.astype(np.uint8))
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes FOLDER/classes.json."""
+        part = folder / f"{_FILE}.part"
+        part.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        part.replace(folder / _FILE)
+
+
+def read(folder: pathlib.Path) -> Classes | None:
+    """What `Classes.write` left in `folder`, or None. Raises ValueError if it is damaged."""
+    path = folder / _FILE
+    if not path.exists():
+        return None
+    try:
+        return Classes.from_json(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as e:
+        raise ValueError(
+            f"{path} is damaged: {e}; train on in its folder, which rewrites it"
+        ) from e

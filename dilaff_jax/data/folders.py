@@ -1,0 +1,168 @@
+"""Strangers' folders and archives: pairing images with masks, and never leaving the folder."""
+
+import os
+import pathlib
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dilaff_jax.data.images import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+
+
+class Pair(NamedTuple):
+    """One image and its label map, as files; `name` is unique within the split."""
+
+    name: str
+    image: pathlib.Path
+    label: pathlib.Path
+
+
+def inside(root: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+    """Returns `path` if, links followed, it lies in `root`. Raises DataError otherwise."""
+    target = path.resolve()
+    if not target.is_relative_to(root.resolve()):
+        raise DataError(
+            f"{path}: is or lies behind a symbolic link that leaves the source folder {root} "
+            f"(to {target}); copy the files into the folder or give their real folder as --source"
+        )
+    return path
+
+
+def folder(root: pathlib.Path, *choices: str) -> pathlib.Path:
+    """The first of `choices` that is a folder in `root`. Raises DataError naming all of them."""
+    for choice in choices:
+        if (root / choice).is_dir():
+            return inside(root, root / choice)
+    wanted = " or ".join(str(root / c) for c in choices)
+    raise DataError(f"found no folder {wanted}; check --source and the layout it should have")
+
+
+def image_files(root: pathlib.Path, directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Image files below `directory`, sorted: {relative path without suffix: file}.
+
+    Hidden files and other file types are passed over. Raises DataError for two images of one name
+    (`a.jpg` and `a.png`), and for links that leave `root`.
+    """
+    found: dict[str, pathlib.Path] = {}
+    visited: set[pathlib.Path] = set()
+    for parent, folders, files in os.walk(inside(root, directory), followlinks=True):
+        real = inside(root, pathlib.Path(parent)).resolve()
+        if real in visited:
+            raise DataError(f"{parent}: a symbolic link leads to {real} a second time; remove it")
+        visited.add(real)
+        folders.sort()
+        for file in sorted(files):
+            path = pathlib.Path(parent, file)
+            if file.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            name = path.relative_to(directory).with_suffix("").as_posix()
+            if name in found:
+                raise DataError(f"{path} and {found[name]} have one name; remove or rename one")
+            found[name] = inside(root, path)
+    return dict(sorted(found.items()))
+
+
+def pair_up(
+    root: pathlib.Path,
+    images: pathlib.Path,
+    labels: pathlib.Path,
+    image_suffix: str = "",
+    label_suffix: str = "",
+) -> list[Pair]:
+    """Pairs every image with the mask of the same name.
+
+    Args:
+        root: The source folder, which no file may leave.
+        images: Folder of images; subfolders are part of the name.
+        labels: Folder of label maps.
+        image_suffix: What follows the common name in an image's name (`_leftImg8bit`).
+        label_suffix: What follows the common name in a mask's name (`_L`, `_mask`).
+
+    Returns:
+        Pairs sorted by name.
+
+    Raises:
+        DataError: no image at all, or images without a mask (the first five are named).
+    """
+    found = image_files(root, images)
+    masks = image_files(root, labels)
+    names = {n.removesuffix(image_suffix): f for n, f in found.items() if n.endswith(image_suffix)}
+    if not names:
+        raise DataError(f"{images}: no images named *{image_suffix}{list(IMAGE_SUFFIXES)}")
+    missing = [n for n in names if n + label_suffix not in masks]
+    if missing:
+        first = ", ".join(f"{labels / (n + label_suffix)}.* for {names[n]}" for n in missing[:5])
+        raise DataError(
+            f"{len(missing)} of {len(names)} images have no mask: {first}; add the masks, remove "
+            "the images, or state how mask names differ (--mask_suffix of image_folder)"
+        )
+    return [Pair(n, file, masks[n + label_suffix]) for n, file in names.items()]
+
+
+def extract(archive: pathlib.Path, target: pathlib.Path) -> None:
+    """Unpacks a tar or zip archive into `target`.
+
+    Raises:
+        DataError: a member that would leave `target` (absolute path, `..`, link), a device file,
+            or a damaged archive. Members before it may have been written, all inside `target`.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        if zipfile.is_zipfile(archive):
+            _extract_zip(archive, target)
+        else:
+            with tarfile.open(archive) as tar:
+                tar.extractall(target, filter="data")
+    except tarfile.FilterError as e:
+        raise DataError(
+            f"{archive}: {e}; this is not the official archive, nothing of it is used"
+        ) from e
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
+        raise DataError(f"{archive}: damaged or incomplete archive: {e}; download it again") from e
+
+
+def _extract_zip(archive: pathlib.Path, target: pathlib.Path) -> None:
+    with zipfile.ZipFile(archive) as file:
+        for member in file.namelist():
+            path = pathlib.PurePosixPath(member.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                raise DataError(
+                    f"{archive}: member {member!r} would leave the folder it is unpacked to; this "
+                    "is not the official archive, nothing of it is used"
+                )
+        file.extractall(target)
+
+
+def unpacked(
+    source: pathlib.Path, target: pathlib.Path, wanted: str, archives: Sequence[str]
+) -> pathlib.Path:
+    """The folder `wanted`, from `source` if it lies there unpacked, else from its archives.
+
+    Args:
+        source: Where the person has the data set.
+        target: Scratch folder for unpacking.
+        wanted: Path of the folder in the archive, such as `VOCdevkit/VOC2012`.
+        archives: Names of the official archives that hold it, all of which are unpacked.
+
+    Returns:
+        The folder's path, below `source` or `target`.
+
+    Raises:
+        DataError: neither is there, or an archive is damaged or malicious.
+    """
+    if (source / wanted).is_dir():
+        return inside(source, source / wanted)
+    missing = [name for name in archives if not (source / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{source}: found neither the folder {wanted} nor the archive {' and '.join(missing)}; "
+            "download it from the data set's page and give its folder as --source"
+        )
+    for name in archives:
+        extract(inside(source, source / name), target)
+    if not (target / wanted).is_dir():
+        raise DataError(f"{', '.join(archives)}: unpacked, but there is no folder {wanted} in it")
+    return target / wanted

@@ -1,0 +1,172 @@
+r"""image_folder: your own images and masks.
+
+    python -m dilaff_jax.data.prepare --dataset image_folder --name pets \
+        --source DIR --data_dir data
+
+and then `config.dataset = "image_folder/pets"`. DIR holds
+
+    classes.txt                            one class a line: line 1 is mask value 0, and so on
+    train/images/*.jpg  train/labels/*.png
+    val/images/*.jpg    val/labels/*.png   (val is stored as `validation`)
+
+or only images/ and labels/, from which --validation_share are taken for validation (by a hash of
+the name, so that adding images moves none). Other layouts: --images and --masks, with `{split}`
+where the split's folder name stands. Is background a class? If it is in classes.txt.
+
+Masks: palette PNGs (their indices), grey images of 1 to 16 bits (their values). 255 is ignored.
+0/255 binary masks: --mask_values 0:0,255:1. Masks in colours: --color_masks, with lines
+`name R G B` in classes.txt, and `ignore R G B` for colours to be ignored.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dilaff_jax.data import builder, folders, images
+from dilaff_jax.data.folders import Pair
+from dilaff_jax.data.images import IGNORE_LABEL, DataError
+
+_IGNORE = "ignore"
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderOptions(builder.Options):
+    """What the builder can be told."""
+
+    classes: str = _option("classes.txt", "Class list: a file in --source, or NAME,NAME,...")
+    images: str = _option("{split}/images", "Where the images are, below --source.")
+    masks: str = _option("{split}/labels", "Where the masks are, below --source.")
+    mask_suffix: str = _option("", "What mask names have after the image's name, e.g. _mask.")
+    color_masks: bool = _option(False, "Masks are pictures in the colours of the class list.")
+    other_colors: str = _option("stop", "Colours not in the class list: 'stop' or 'ignore'.")
+    validation_share: float = _option(
+        0.1, "Share taken for validation if there is one folder only."
+    )
+
+
+def read_classes(text: str) -> list[tuple[str, tuple[int, int, int] | None]]:
+    """Parses a class list: lines `name` or `name R G B`; empty lines and `#` comments are skipped.
+
+    Raises:
+        DataError: no class, a class twice, or channels outside 0..255.
+    """
+    entries: list[tuple[str, tuple[int, int, int] | None]] = []
+    for line in text.splitlines():
+        words = line.split("#")[0].replace(",", " ").split()
+        if len(words) > 3 and all(w.isdigit() for w in words[-3:]):
+            red, green, blue = map(int, words[-3:])
+            if max(red, green, blue) > 255:
+                raise DataError(f"class list: {line!r}: channels lie in 0..255")
+            entries.append((" ".join(words[:-3]), (red, green, blue)))
+        elif words:
+            entries.append((" ".join(words), None))
+    names = [name for name, _ in entries if name != _IGNORE]
+    if not names or len(set(names)) != len(names):
+        raise DataError(f"class list: {names or 'empty'}: want one line for each class, each once")
+    return entries
+
+
+class Builder(builder.SegmentationBuilder):
+    """Splits are the folders found; see the module's docstring."""
+
+    name = "image_folder"
+    options_type = FolderOptions
+    options: FolderOptions
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        entries = self._class_list()
+        named = [(name, color) for name, color in entries if name != _IGNORE]
+        self.class_names = [name for name, _ in named]
+        palette = builder.colormap(len(named) + 1)[1:]  # not black, which an overlay hides
+        self.colors = [color or palette[i] for i, (_, color) in enumerate(named)]
+        self._values = {
+            _code(color): self.class_names.index(name) if name != _IGNORE else IGNORE_LABEL
+            for name, color in entries
+            if color
+        }
+
+    def _class_list(self) -> list[tuple[str, tuple[int, int, int] | None]]:
+        given = self.options.classes
+        file = self.source / given
+        if file.is_file():
+            return read_classes(folders.inside(self.source, file).read_text(encoding="utf-8-sig"))
+        if "," not in given:
+            raise DataError(
+                f"{file}: no class list; write one class a line in the order of the mask values "
+                "(line 1 is value 0), or give --classes NAME,NAME,..."
+            )
+        return read_classes(given.replace(",", "\n"))
+
+    def splits(self) -> Mapping[str, Sequence[Pair]]:
+        """The folders that --images matches, or one folder divided by name."""
+        if self.options.color_masks and len(self._values) < len(self.class_names):
+            raise DataError("--color_masks needs a colour for every class: lines `name R G B`")
+        pattern = self.options.images
+        if "{split}" not in pattern:
+            return self._divided(self._pairs(pattern, self.options.masks))
+        names = sorted(
+            folder.relative_to(self.source).parts[pattern.split("/").index("{split}")]
+            for folder in self.source.glob(pattern.replace("{split}", "*"))
+            if folder.is_dir()
+        )
+        if names:
+            renamed = {"val": "validation", "valid": "validation"}
+            return {
+                renamed.get(name, name): self._pairs(
+                    pattern.replace("{split}", name), self.options.masks.replace("{split}", name)
+                )
+                for name in names
+            }
+        if (self.source / "images").is_dir():
+            masks = "labels" if (self.source / "labels").is_dir() else "masks"
+            return self._divided(self._pairs("images", masks))
+        raise DataError(
+            f"{self.source}: found neither {pattern} nor images/; state the layout with --images "
+            "and --masks, e.g. --images '{split}/images' --masks '{split}/labels'"
+        )
+
+    def _pairs(self, image_dir: str, mask_dir: str) -> list[Pair]:
+        choices = [mask_dir]
+        if self.options.masks == FolderOptions.masks and mask_dir.endswith("labels"):
+            choices.append(mask_dir.removesuffix("labels") + "masks")
+        return folders.pair_up(
+            self.source,
+            folders.folder(self.source, image_dir),
+            folders.folder(self.source, *choices),
+            label_suffix=self.options.mask_suffix,
+        )
+
+    def _divided(self, pairs: list[Pair]) -> dict[str, list[Pair]]:
+        share = self.options.validation_share
+        if not 0 <= share < 1:
+            raise DataError(f"--validation_share={share}: want 0 to below 1")
+        held = {p.name for p in pairs if _hash(p.name) < share}
+        if not held:
+            return {"train": pairs}
+        return {
+            "train": [p for p in pairs if p.name not in held],
+            "validation": [p for p in pairs if p.name in held],
+        }
+
+    def read(self, item: Pair) -> builder.Example:
+        """Reads one pair."""
+        image, size = images.load_image(item.image)
+        other = IGNORE_LABEL if self.options.other_colors == "ignore" else None
+        colors = self._values if self.options.color_masks else None
+        label = images.load_label(item.label, colors, other)
+        return builder.Example(item.name, image, size, label, item.image, item.label)
+
+
+def _code(color: tuple[int, int, int]) -> int:
+    return (color[0] << 16) | (color[1] << 8) | color[2]
+
+
+def _hash(name: str) -> float:
+    """A number in [0, 1) that depends on the name only."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48

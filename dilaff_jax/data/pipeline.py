@@ -1,0 +1,257 @@
+"""Batches for training and evaluation.
+
+A batch is a pure function of its step: `batch_at(step)` works out which examples belong to it,
+reads and augments them. From that follows all that is promised here:
+
+* Order and augmentation depend on (seed, epoch, index) only. Not on workers, devices or processes:
+  with the same *global* batch size, process p of P makes the p-th contiguous block of every global
+  batch, so the rows of P processes one after the other are the rows of one.
+* The saved position is the step, `{"step": 12, ...}`: a restored run continues exactly, also with
+  another number of workers or processes.
+* A process reads only the examples of its rows.
+
+`batches.Batches` has Grain run the function in worker processes (or threads), ahead and in order.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from dilaff_jax.data import datasets
+from dilaff_jax.data.augment import Augmentation, pad
+from dilaff_jax.data.batches import ENDLESS, Batch, Batches
+
+
+def place(seed: int, position: int, length: int) -> tuple[int, int]:
+    """Which example stands at a position of the endless training stream.
+
+    Every epoch is a permutation of all examples, drawn from (seed, epoch); epochs follow each other
+    without a gap, so no example is ever dropped.
+
+    Args:
+        seed: Seed of the run.
+        position: 0, 1, ...: number of examples before this one, over all processes.
+        length: Number of examples in the split.
+
+    Returns:
+        (epoch, index).
+    """
+    epoch, rank = divmod(position, length)
+    return epoch, int(_order(seed, epoch, length)[rank])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    # By sorting raw bits: NumPy promises that these, unlike its permutations, never change.
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(length)
+    return np.argsort(bits, kind="stable")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatchAt:
+    """Makes the rows of this process of the global batch of a step."""
+
+    source: datasets.Source
+    augmentation: Augmentation
+    seed: int
+    batch_size: int
+    num_batches: int
+    process_index: int = 0
+    process_count: int = 1
+
+    def __call__(self, step: int) -> Batch:
+        """`{"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W]}`, b = batch_size / processes."""
+        rows = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * rows
+        height, width = self.augmentation.crop_size
+        image = np.empty((rows, height, width, 3), np.uint8)
+        label = np.empty((rows, height, width), np.uint8)
+        for row in range(rows):
+            image[row], label[row] = self.example(first + row)
+        return {"image": image, "label": label}
+
+    def example(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """The augmented example at a position of the stream."""
+        epoch, index = place(self.seed, position, len(self.source))
+        rng = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([self.seed, epoch, index]))
+        )
+        example = self.source[index]
+        return self.augmentation(example["image"], example["label"], rng)
+
+    def identity(self) -> dict[str, int]:
+        """Seed, batch size and number of examples."""
+        return {"seed": self.seed, "batch_size": self.batch_size, "examples": len(self.source)}
+
+    def nbytes(self) -> int:
+        """Size of a batch."""
+        return self.batch_size // self.process_count * math.prod(self.augmentation.crop_size) * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatchAt:
+    """Makes the rows of this process of an evaluation batch; see `eval_batches`."""
+
+    source: datasets.Source
+    size: tuple[int, int]
+    pad_rgb: tuple[int, int, int]
+    batch_size: int
+    process_index: int = 0
+    process_count: int = 1
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that hold every example once."""
+        return -(-len(self.source) // self.batch_size)
+
+    def __call__(self, step: int) -> Batch:
+        """Rows beyond the last example are padding: mask False, index -1, size (0, 0)."""
+        rows = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * rows
+        batch = {
+            "image": np.empty((rows, *self.size, 3), np.uint8),
+            "label": np.full((rows, *self.size), 255, np.uint8),
+            "mask": np.zeros(rows, bool),
+            "size": np.zeros((rows, 2), np.int32),
+            "index": np.full(rows, -1, np.int32),
+        }
+        batch["image"][:] = self.pad_rgb
+        for row in range(min(rows, len(self.source) - first)):
+            example = self.source[first + row]
+            batch["image"][row], batch["label"][row] = pad(
+                example["image"], example["label"], self.size, self.pad_rgb
+            )
+            batch["mask"][row], batch["index"][row] = True, first + row
+            batch["size"][row] = example["label"].shape
+        return batch
+
+    def identity(self) -> dict[str, int]:
+        """Batch size and number of examples."""
+        return {"batch_size": self.batch_size, "examples": len(self.source)}
+
+    def nbytes(self) -> int:
+        """Size of a batch, but for a few bytes."""
+        return self.batch_size // self.process_count * math.prod(self.size) * 4
+
+
+def train_batches(
+    config: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """The training stream of this process, shuffled anew every epoch.
+
+    Args:
+        config: `config.data`, see `data.config.default`.
+        batch_size: Size of the *global* batch, over all processes.
+        seed: Seed of order and augmentation.
+        num_epochs: End after so many passes; the examples of the last, partial batch are left out.
+            None: endless.
+        process_index: Which process this is (`jax.process_index()`).
+        process_count: Of how many.
+
+    Returns:
+        Iterator over `{"image": uint8 [b, *crop_size, 3], "label": uint8 [b, *crop_size]}` with
+        b = batch_size / process_count.
+
+    Raises:
+        ValueError: as `datasets.load`, or a batch size that is no multiple of process_count.
+    """
+    source = datasets.load(config, config.train_split)
+    _check_batch(batch_size, process_index, process_count)
+    if seed < 0:
+        raise ValueError(f"seed={seed}: want 0 or more")
+    num_batches = ENDLESS if num_epochs is None else num_epochs * len(source) // batch_size
+    if num_batches < 1:
+        raise ValueError(
+            f"{source.title} has {len(source)} examples: {num_epochs} epochs do not fill one batch "
+            f"of {batch_size}; lower the batch size"
+        )
+    batch_at = TrainBatchAt(
+        source,
+        Augmentation.from_config(config),
+        seed,
+        batch_size,
+        num_batches,
+        process_index,
+        process_count,
+    )
+    return Batches(batch_at, workers=config.workers, prefetch=config.prefetch)
+
+
+def eval_batches(
+    config: Any,
+    *,
+    batch_size: int,
+    split: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Every example of a split exactly once, in order, in batches of one static shape.
+
+    Args:
+        config: `config.data`, see `data.config.default`.
+        batch_size: Size of the *global* batch.
+        split: Split to read; `config.eval_split` by default.
+        process_index: Which process this is.
+        process_count: Of how many; all get equally many batches.
+
+    Returns:
+        Iterator over `{"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W], "mask": bool [b],
+        "size": int32 [b, 2], "index": int32 [b]}`: the image lies at the top left, `size` is its
+        height and width; the rest is `pad_rgb` and 255. Rows with mask False are padding.
+
+    Raises:
+        ValueError: as `datasets.load`; a batch size that is no multiple of process_count; an image
+            larger than `config.eval_size`.
+    """
+    source = datasets.load(config, split or config.eval_split)
+    _check_batch(batch_size, process_index, process_count)
+    batch_at = EvalBatchAt(
+        source,
+        eval_size(config, source),
+        tuple(config.pad_rgb),
+        batch_size,
+        process_index,
+        process_count,
+    )
+    return Batches(batch_at, workers=config.workers, prefetch=config.prefetch)
+
+
+def eval_size(config: Any, source: datasets.Source) -> tuple[int, int]:
+    """The static (height, width) of evaluation images: `config.eval_size`, or what the split needs.
+
+    It is not rounded up: padding changes predictions next to it, so sets of one size get none.
+
+    Raises:
+        ValueError: an image is larger than `config.eval_size`.
+    """
+    largest = source.sizes.max(axis=0)
+    if config.eval_size is None:
+        return int(largest[0]), int(largest[1])
+    size = tuple(config.eval_size)
+    too_large = np.flatnonzero((source.sizes > np.array(size)).any(axis=1))
+    if len(too_large):
+        name, found = source.names[too_large[0]], tuple(map(int, source.sizes[too_large[0]]))
+        raise ValueError(
+            f"config.data.eval_size={size} is smaller than {len(too_large)} images of "
+            f"{source.title}, such as {name!r} {found}; want at least {tuple(map(int, largest))}, "
+            "or None, or a smaller config.data.resize"
+        )
+    return size
+
+
+def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} is not in 0..{process_count - 1}")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"global batch size {batch_size} is no positive multiple of {process_count} processes"
+        )

@@ -1,0 +1,88 @@
+"""What one device does with a batch of evaluation: label maps, and counts over all devices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dilaff_jax import affinity, inference, metrics, pictures, propagate, resize
+from dilaff_jax.models import segmenter
+from dilaff_jax.parallel import AXIS
+
+PLAIN, REFINED = "plain", "refined"
+
+
+class EvalStep:
+    """Evaluates one batch, with and without refinement; a per-device program over the axis `AXIS`.
+
+    Args:
+        config: the whole config.
+        model: a `Segmenter`.
+        num_classes: C.
+
+    Attributes:
+        variants: what is evaluated: `PLAIN`, and `REFINED` where the model has affinities.
+        dilations: of the affinity channels, each once; [] without.
+
+    Raises:
+        ValueError: an inference config or an operator that cannot be.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, model: segmenter.Segmenter, num_classes: int
+    ) -> None:
+        inference.check(config.inference)
+        self._config, self._model, self._num_classes = config, model, num_classes
+        self._refine = propagate.operator(**config.refine)
+        self.variants = (PLAIN,) if model.offsets is None else (PLAIN, REFINED)
+        self.dilations: list[int] = []
+        if model.offsets is not None:
+            self.dilations = list(dict.fromkeys(affinity.dilation_of(model.offsets).tolist()))
+
+    def __call__(
+        self, variables: Any, batch: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """Counts summed over all devices; label maps and edge pictures of this device's rows.
+
+        batch: `image` `[b, H, W, 3]` in [0, 255], `label` `[b, H, W]`.
+        """
+        images, labels = batch["image"], batch["label"]
+        size, classes = labels.shape[1:3], self._num_classes
+
+        def apply(x: jax.Array) -> Mapping[str, Any]:
+            return self._model.apply(variables, x, train=False)  # type: ignore[return-value]
+
+        logits, edges = inference.infer(apply, images, self._model.offsets, self._config.inference)
+        # Void and the rows and margins that pad a batch are ignored labels, and count nowhere.
+        found = {PLAIN: jnp.argmax(resize.bilinear(logits, size), axis=-1)}
+        counts = {PLAIN: metrics.confusion(found[PLAIN], labels, classes)}
+        shown = jnp.zeros((*labels.shape, 0), jnp.uint8)
+        if edges is not None:
+            found[REFINED] = self.propagate(logits, edges, size)
+            counts[REFINED] = metrics.confusion(found[REFINED], labels, classes)
+            counts["affinity"] = self._edge_counts(edges, labels)
+            shown = pictures.edge_strength(edges, self._offsets)
+        labels_found = {name: x.astype(jnp.uint8) for name, x in found.items()}
+        return jax.lax.psum(counts, AXIS), {"labels": labels_found, "edges": shown}
+
+    def propagate(
+        self, logits: jax.Array, affinity_logits: jax.Array, size: tuple[int, ...]
+    ) -> jax.Array:
+        """Labels `[b, *size]` from logits `[b, h, w, C]`, refined as config.refine says."""
+        labels, _ = propagate.refine_logits(
+            logits, affinity_logits, self._offsets, size, self._refine
+        )
+        return labels
+
+    def _edge_counts(self, edges: jax.Array, labels: jax.Array) -> jax.Array:
+        coarse = affinity.downsample_labels(labels, edges.shape[1:3])
+        target, valid = affinity.targets(coarse, self._offsets)
+        return metrics.affinity_histogram(edges, target, valid, len(self.dilations))
+
+    @property
+    def _offsets(self) -> np.ndarray:
+        assert self._model.offsets is not None
+        return self._model.offsets

@@ -1,0 +1,273 @@
+"""Evaluation: every image once, with and without refinement in the same pass.
+
+Devices return sums of counts and label maps; what needs distances to boundaries is counted on the
+host. Counts are added over batches, devices and processes first and turned into figures once.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from dilaff_jax import (
+    affinity,
+    checkpoint,
+    metrics,
+    pictures,
+    reporting,
+)
+from dilaff_jax import step as step_lib
+from dilaff_jax.data import datasets, pipeline
+from dilaff_jax.eval_step import PLAIN, REFINED, EvalStep
+from dilaff_jax.models import segmenter
+from dilaff_jax.parallel import AXIS, Devices, sum_over_processes
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key of `config.eval`.
+
+    batch_size: images at a time, over all devices; it is raised to a multiple of the devices.
+    boundaries: take the boundary measures too, which cost the host some 0.1 s a megapixel.
+    tolerance: of the boundary F-score, pixels. pictures: how many images are drawn. predictions:
+    write every prediction as a PNG of class indices.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "batch_size": 16,
+            "boundaries": True,
+            "tolerance": 2.0,
+            "pictures": 4,
+            "predictions": False,
+        }
+    )
+
+
+@dataclasses.dataclass
+class Results:
+    """One evaluation.
+
+    Attributes:
+        step: of the state that was evaluated.
+        scalars: {name: value}, such as "refined/miou"; shares in [0, 1].
+        table: the main figures, for reading.
+        pictures: {name: RGB uint8 `[H, W, 3]`}.
+    """
+
+    step: int
+    scalars: dict[str, float]
+    table: str
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+class Evaluation:
+    """Evaluates states of one run.
+
+    Args:
+        config: the whole config.
+        model: a `Segmenter`.
+        devices: on which the batches are spread.
+        workdir: results go to `workdir/evaluation/STEP`.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        model: segmenter.Segmenter,
+        devices: Devices,
+        workdir: pathlib.Path,
+    ) -> None:
+        self._config, self._devices, self._workdir = config, devices, workdir
+        self._source = datasets.load(config.data, config.data.eval_split)
+        self._step = EvalStep(config, model, self._source.num_classes)
+        self.variants = self._step.variants
+        self._program = devices.map(self._step, out=("replicated", "sharded"))
+
+    def __call__(self, variables: Mapping[str, Any], step: int) -> Results:
+        """Evaluates one state; process 0 writes results.json and pictures."""
+        folder = result_folder(self._workdir, step)
+        device_counts, host_counts, drawn = self._count(variables, folder)
+        counts = sum_over_processes({"device": device_counts, "host": host_counts})
+        scalars = self._summary(counts["device"], counts["host"])
+        results = Results(step, scalars, self._table(scalars), drawn)
+        if jax.process_index() == 0:
+            _write_results(folder, results, counts)
+            pictures.write(folder / "pictures", drawn)
+        return results
+
+    def score(self, results: Results) -> float:
+        """What marks the best state: `config.best_metric`, refined where there is refinement."""
+        return results.scalars[f"{self.variants[-1]}/{self._config.best_metric}"]
+
+    def _count(
+        self, variables: Mapping[str, Any], folder: pathlib.Path
+    ) -> tuple[Any, Any, dict[str, np.ndarray]]:
+        """Goes through this process's images once."""
+        settings, devices = self._config.eval, self._devices
+        # Padding rows cost time, not accuracy.
+        batch_size = -(-settings.batch_size // devices.total) * devices.total
+        batches = pipeline.eval_batches(
+            self._config.data,
+            batch_size=batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        placed = devices.replicate(dict(variables))
+        device_counts: Any = None
+        host_counts = [self._host_counts(_blank(self.variants))]
+        drawn: dict[str, np.ndarray] = {}
+        quiet = jax.process_index() > 0
+        with batches, concurrent.futures.ThreadPoolExecutor() as pool:
+            for batch in tqdm(batches, desc="evaluating", leave=False, disable=quiet):
+                on_device = {k: batch[k] for k in ("image", "label")}
+                summed, result = self._program(placed, devices.shard(on_device))
+                counts = jax.device_get(summed)
+                # The counts are of all devices of all processes, so one process keeps them.
+                counts = jax.tree.map(lambda x: x * (not quiet), counts)
+                device_counts = metrics.add(counts, *([device_counts] if device_counts else []))
+                maps = {k: devices.local_rows(v) for k, v in result["labels"].items()}
+                edges = devices.local_rows(result["edges"])
+                rows = np.flatnonzero(batch["mask"])
+                views = [pictures.view(batch, maps, edges, int(row)) for row in rows]
+                host_counts += pool.map(self._host_counts, views)
+                for view in views:
+                    name = self._source.names[view.index]
+                    if settings.predictions:
+                        pictures.write_predictions(folder / "predictions", name, view.predictions)
+                    if view.index < settings.pictures:
+                        drawn[name] = pictures.strip(view, self._source.colors)
+        return device_counts, metrics.add(*host_counts), drawn
+
+    def _host_counts(self, view: pictures.View) -> dict[str, Any]:
+        """Counts of one image that need its boundaries, in the form of `_summary`."""
+        settings, classes, truth = self._config.eval, self._source.num_classes, view.label
+        counts: dict[str, Any] = {"images": np.asarray(int(view.index >= 0))}
+        if REFINED in self.variants:
+            before, after = (view.predictions[name] for name in (PLAIN, REFINED))
+            counts["transitions"] = metrics.transitions(before, after, truth, classes)
+        for name in self.variants if settings.boundaries else ():
+            prediction = view.predictions[name]
+            counts[name] = {
+                "iou": metrics.boundary_iou(prediction, truth, classes),
+                "f": metrics.boundary_f(prediction, truth, classes, settings.tolerance),
+                "trimaps": metrics.trimap(prediction, truth, classes),
+            }
+        return counts
+
+    def _summary(self, device: Mapping[str, Any], host: Mapping[str, Any]) -> dict[str, float]:
+        """Figures from counts: VARIANT/..., affinity/..., transitions/..., images."""
+        names = self._source.class_names
+        groups: dict[str, dict[str, float]] = {}
+        for variant in self.variants:
+            groups[variant] = metrics.segmentation_summary(device[variant], names)
+            groups[variant] |= metrics.boundary_summary(**host.get(variant, {}))
+        if REFINED in self.variants:
+            groups["affinity"] = metrics.affinity_summary(device["affinity"], self._step.dilations)
+            groups["transitions"] = metrics.transition_summary(
+                host["transitions"], class_names=names
+            )
+        flat = {f"{group}/{k}": v for group, found in groups.items() for k, v in found.items()}
+        return {"images": float(host["images"]), **flat}
+
+    def _table(self, scalars: Mapping[str, float]) -> str:
+        """Per-class IoU and the main figures of each variant, in per cent."""
+
+        def row(name: str, key: str) -> list[str]:
+            values = [scalars.get(f"{v}/{key}") for v in self.variants]
+            return [name, *("-" if x is None else f"{100 * x:.2f}" for x in values)]
+
+        rows = [row(name, f"iou/{name}") for name in self._source.class_names]
+        main = {
+            "miou": "mean IoU",
+            "pixel_accuracy": "pixel accuracy",
+            "mean_accuracy": "mean accuracy",
+            "boundary_iou": "boundary IoU",
+            "boundary_f": f"boundary F, {self._config.eval.tolerance:g} px",
+        }
+        rows += [row(title, key) for key, title in main.items() if f"{PLAIN}/{key}" in scalars]
+        title = f"{self._source.title}: {scalars['images']:.0f} images, per cent"
+        return reporting.table(title, ["", *self.variants], rows)
+
+
+def evaluate_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Results:
+    """Evaluates the best state of a run (the latest, if none was evaluated), prints the table.
+
+    Raises:
+        FileNotFoundError: `workdir` holds no checkpoint.
+        ValueError: the checkpoint is of another model than `config` describes.
+    """
+    devices = Devices(config.parallel.mode, config.parallel.devices)
+    source = datasets.load(config.data, config.data.eval_split)
+    model = segmenter.build(step_lib.model_config(config), source.num_classes, axis_name=AXIS)
+    shape = (1, *config.data.crop_size, 3)
+    like = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros(shape, jnp.uint8), train=False)
+    )
+    step, variables = checkpoint.read_variables(workdir, like)
+    results = Evaluation(config, model, devices, workdir)(variables, step)
+    if jax.process_index() == 0:
+        print(results.table)
+        print(f"step {step}; figures and pictures: {result_folder(workdir, step)}")
+    return results
+
+
+def result_folder(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    """Where the results of a step lie."""
+    return workdir / "evaluation" / str(step)
+
+
+def read_results(workdir: pathlib.Path, step: int) -> Results | None:
+    """The results of a step that was evaluated before, without pictures; None if it was not."""
+    path = result_folder(workdir, step) / "results.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    return Results(content["step"], content["scalars"], content["table"])
+
+
+def last_results(workdir: pathlib.Path) -> Results:
+    """The results of the last step that was evaluated; FileNotFoundError if none was."""
+    steps = [int(p.parent.name) for p in workdir.glob("evaluation/*/results.json")]
+    results = read_results(workdir, max(steps)) if steps else None
+    if results is None:
+        raise FileNotFoundError(f"{workdir} holds no evaluation; train or evaluate there first")
+    return results
+
+
+def _write_results(folder: pathlib.Path, results: Results, counts: Mapping[str, Any]) -> None:
+    """Writes figures, the table, and the counts that they follow from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "step": results.step,
+        "scalars": results.scalars,
+        "table": results.table,
+        "counts": jax.tree.map(lambda x: np.asarray(x).tolist(), _as_dicts(counts)),
+    }
+    part = folder / "results.json.part"
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(folder / "results.json")
+
+
+def _as_dicts(counts: Any) -> Any:
+    if hasattr(counts, "_asdict"):
+        counts = counts._asdict()
+    return {k: _as_dicts(v) for k, v in counts.items()} if isinstance(counts, dict) else counts
+
+
+def _blank(variants: Sequence[str]) -> pictures.View:
+    """An image without labelled pixels: counts of it are zeros of the right shapes."""
+    nothing = np.zeros((1, 1), np.uint8)
+    return pictures.View(
+        index=-1,
+        image=np.zeros((1, 1, 3), np.uint8),
+        label=np.full((1, 1), affinity.IGNORE_LABEL, np.uint8),
+        predictions=dict.fromkeys(variants, nothing),
+        edges=np.zeros((1, 1, 0), np.uint8),
+    )

@@ -1,0 +1,122 @@
+"""What a fresh run starts from: another run, a file of weights, or chance."""
+
+import functools
+import importlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dilaff_jax import checkpoint
+from dilaff_jax.data.datasets import Source
+from dilaff_jax.models.segmenter import Segmenter
+from dilaff_jax.step import TrainState, TrainStep
+
+# Images on which the BatchNorm of folded weights is calibrated.
+CALIBRATION_IMAGES = 32
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key of `config.init`; at most one of workdir, model and encoder may be given.
+
+    workdir: of another run, whose best (else latest) weights are taken. model: a file of the whole
+    network in torch's layout. encoder: a file of an ImageNet classification network, `.pth`,
+    `.safetensors` or `.npz`, or "module:function" of a package that returns its path. entry: key in
+    the file that holds the weights. folded: its BatchNorm is folded into the convolutions, so that
+    BatchNorm is calibrated on training images. drop, keep: patterns of names in the file that are
+    not used, and of names that stay as initialised.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "workdir": "",
+            "model": "",
+            "encoder": "",
+            "entry": "",
+            "folded": False,
+            "drop": (),
+            "keep": (),
+        }
+    )
+
+
+def fresh(
+    config: ml_collections.ConfigDict,
+    train_step: TrainStep,
+    model: Segmenter,
+    source: Source,
+    image_shape: tuple[int, ...],
+) -> TrainState:
+    """Returns the state at step 0, with the weights that `config.init` names.
+
+    Raises:
+        ValueError: more than one origin is given, or the weights do not fit the model.
+        FileNotFoundError: a file or run does not exist.
+    """
+    init = config.init
+    given = [name for name in ("workdir", "model", "encoder") if init[name]]
+    if len(given) > 1:
+        raise ValueError(f"config.init has {' and '.join(given)}; give one of them")
+    state = jax.jit(train_step.init, static_argnums=0)(image_shape)
+    variables: dict[str, Any] = {"params": state.params, "batch_stats": state.batch_stats}
+    if not given:
+        return state
+    if init.workdir:
+        _, variables = checkpoint.read_variables(pathlib.Path(init.workdir), variables)
+    else:
+        variables = _from_file(config, model, variables, source)
+    # A copy each: restored arrays may share memory, and the state's is given away in every step.
+    fresh_copy = jax.tree.map(jnp.array, variables)
+    return train_step.start(fresh_copy["params"], fresh_copy.get("batch_stats", {}))
+
+
+def weight_file(name: str) -> pathlib.Path:
+    """The path that `config.init.encoder` or `.model` names: a file, or a package's function."""
+    module, separator, function = name.partition(":")
+    if not separator or pathlib.Path(name).exists():
+        return pathlib.Path(name)
+    try:
+        found = importlib.import_module(module)
+    except ImportError as e:
+        raise ValueError(
+            f"config.init names {name!r}, but there is no module {module!r}: pip install it, or "
+            "give the path of a file"
+        ) from e
+    give_path: Any = functools.reduce(getattr, function.split("."), found)
+    return pathlib.Path(give_path())
+
+
+def _from_file(
+    config: ml_collections.ConfigDict, model: Segmenter, variables: dict[str, Any], source: Source
+) -> dict[str, Any]:
+    from dilaff_jax.interop import pretrained  # only runs that bring weights need it
+
+    init = config.init
+    options: dict[str, Any] = {"drop": init.drop, "keep": init.keep, "entry": init.entry or None}
+    # Outside the mapped step there is no axis to synchronise BatchNorm over.
+    if init.model:
+        return pretrained.load_model(model, variables, weight_file(init.model), **options)
+    images = _calibration_images(config, source) if init.folded else None
+    return pretrained.load_backbone(
+        model,
+        variables,
+        weight_file(init.encoder),
+        folded=init.folded,
+        calibration_images=images,
+        **options,
+    )
+
+
+def _calibration_images(config: ml_collections.ConfigDict, source: Source) -> jax.Array:
+    """Centre crops of images spread evenly over the training split, of the training crop's size."""
+    height, width = config.data.crop_size
+    found = []
+    for index in np.linspace(0, len(source) - 1, min(CALIBRATION_IMAGES, len(source))).astype(int):
+        image = source[index]["image"]
+        top, left = max(0, image.shape[0] - height) // 2, max(0, image.shape[1] - width) // 2
+        crop = image[top : top + height, left : left + width]
+        room = [(0, height - crop.shape[0]), (0, width - crop.shape[1]), (0, 0)]
+        found.append(np.pad(crop, room, mode="reflect"))
+    return jnp.asarray(np.stack(found))

@@ -1,0 +1,98 @@
+"""Weight files as flat dicts of arrays: `.pth`/`.pt`, `.safetensors`, `.npz`. No pickle is run."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+State = dict[str, np.ndarray]
+
+_TORCH = (".pth", ".pt")
+SUFFIXES = (*_TORCH, ".safetensors", ".npz")
+
+
+def read(path: str | pathlib.Path, entry: str | None = None) -> State:
+    """Reads every array of a weight file.
+
+    `.pth` goes through `torch.load(weights_only=True)` (the extra `torch`), `.npz` through
+    `numpy.load(allow_pickle=False)`: a file that holds code is refused, not run.
+
+    Args:
+        path: the file.
+        entry: the key under which a training checkpoint keeps the weights, such as "model".
+
+    Raises:
+        ValueError: another suffix; a file that is not what its suffix says, or holds other things
+            than arrays.
+        FileNotFoundError: there is no such file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        values = _load(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix or 'weights'}: {error}") from error
+    if entry is not None:
+        if not isinstance(values.get(entry), Mapping):
+            raise ValueError(f"{path} has no entry {entry!r}; it holds {_some(values)}")
+        values = values[entry]
+    other = [k for k, v in values.items() if not hasattr(v, "shape")]
+    if other:
+        raise ValueError(
+            f"{path} holds {_some(other)}, which are not arrays; where the weights stand under one "
+            "of these keys, name it as `entry`"
+        )
+    return {k: _array(v) for k, v in values.items()}
+
+
+def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to a file; its suffix says how, see `read`."""
+    path = pathlib.Path(path)
+    _check_suffix(path)
+    arrays = {k: np.ascontiguousarray(v) if np.ndim(v) else v for k, v in state.items()}
+    if path.suffix == ".npz":
+        np.savez(path, allow_pickle=False, **arrays)
+    elif path.suffix == ".safetensors":
+        import safetensors.numpy
+
+        safetensors.numpy.save_file(arrays, str(path))
+    else:
+        import torch
+
+        torch.save({k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}, path)
+
+
+def _load(path: pathlib.Path) -> dict[str, Any]:
+    _check_suffix(path)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    if path.suffix == ".safetensors":
+        import safetensors.numpy
+
+        return safetensors.numpy.load_file(str(path))
+    import torch
+
+    values = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"it holds a {type(values).__name__}, not a dict of weights")
+    return dict(values)
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    # NumPy has no bfloat16 of torch's; every bfloat16 is a float32 exactly.
+    return (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
+
+
+def _check_suffix(path: pathlib.Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: suffix is {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
+
+
+def _some(keys: Any, most: int = 8) -> str:
+    keys = [str(k) for k in keys]
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

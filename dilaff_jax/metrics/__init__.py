@@ -1,0 +1,60 @@
+"""Counts that add over batches, devices and processes, and the figures that follow from them.
+
+Counting and dividing are apart: `confusion`, `affinity_histogram` (on the device, under `jit`) and
+`boundary_iou`, `boundary_f`, `trimap`, `transitions` (on the host, image by image) return counts;
+`add` sums them in int64; the `..._summary` functions turn sums into figures, all as shares in
+[0, 1]. A mean of per-batch figures is another number and is offered nowhere.
+"""
+
+from dilaff_jax.metrics.boundary import (
+    BoundaryF,
+    boundary_distance,
+    boundary_f,
+    boundary_iou,
+    boundary_summary,
+    trimap,
+)
+from dilaff_jax.metrics.edges import (
+    affinity_histogram,
+    affinity_summary,
+    average_precision,
+    best_f1,
+    expected_calibration_error,
+    fit_bias,
+    precision_recall_f1,
+    reliability,
+)
+from dilaff_jax.metrics.regions import (
+    add,
+    class_accuracies,
+    class_ious,
+    confusion,
+    segmentation_summary,
+)
+from dilaff_jax.metrics.transitions import KINDS, Transitions, transition_summary, transitions
+
+__all__ = [
+    "KINDS",
+    "BoundaryF",
+    "Transitions",
+    "add",
+    "affinity_histogram",
+    "affinity_summary",
+    "average_precision",
+    "best_f1",
+    "boundary_distance",
+    "boundary_f",
+    "boundary_iou",
+    "boundary_summary",
+    "class_accuracies",
+    "class_ious",
+    "confusion",
+    "expected_calibration_error",
+    "fit_bias",
+    "precision_recall_f1",
+    "reliability",
+    "segmentation_summary",
+    "transition_summary",
+    "transitions",
+    "trimap",
+]

@@ -1,0 +1,1 @@
+"""Encoders, decoders and the dilated-affinity head; `segmenter.build` composes them from config."""

@@ -1,0 +1,106 @@
+"""The dilated-affinity head: for each pixel and each dilated neighbour, are they of one class?
+
+The paper's head is not known to us; this one is our choice. It reads low-level features of its own,
+because an affinity map no sharper than the segmentation cannot correct it, and keeps to a moderate
+width at stride 4, because that decides whether it is cheap (benchmarks/model_cost.py).
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilaff_jax import affinity
+from dilaff_jax.models import layers
+
+SOURCES = ("decoder", "stride4", "stride2", "image")
+STRIDES = (1, 2, 4)
+
+
+class AffinityHead(nn.Module):
+    """Affinity logits `[B, ceil(H/stride), ceil(W/stride), K]` from features of several strides.
+
+    Each source is brought to `width` channels and to the head's grid: coarser ones by a 1×1
+    convolution and bilinear enlargement, finer ones by strided 3×3 convolutions, so that no edge
+    is averaged away before it is seen. Joined, 3×3 convolutions, then 1×1 to the offsets.
+
+    Attributes:
+        dilations: of the neighbourhood, see `affinity.offsets`; on the head's grid.
+        symmetric: predict half of the offsets and mirror them, a[i,o] = a[i+o,-o].
+        stride: of the head's grid, 1, 2 or 4.
+        sources: what it reads: "decoder" (features before the classifier), "stride4", "stride2"
+            (the encoder's), "image" (the normalised pixels).
+        width: channels.
+        rates: dilations of the 3×3 convolutions, one for each.
+        style: see `layers.Style`.
+    """
+
+    dilations: tuple[int, ...] = (1, 2, 4, 8)
+    symmetric: bool = False
+    stride: int = 4
+    sources: tuple[str, ...] = ("decoder", "stride4", "stride2")
+    width: int = 64
+    rates: tuple[int, ...] = (1, 2, 4)
+    style: layers.Style = layers.Style()
+
+    @nn.compact
+    def __call__(
+        self,
+        image: jax.Array,
+        features: Sequence[jax.Array],
+        decoded: jax.Array,
+        train: bool,
+    ) -> jax.Array:
+        """Returns affinity logits.
+
+        Args:
+            image: normalised, `[B, H, W, 3]`.
+            features: of the encoder, finest first.
+            decoded: the decoder's, before its classifier.
+            train: BatchNorm uses the batch.
+        """
+        self._check()
+        size = -(-image.shape[1] // self.stride), -(-image.shape[2] // self.stride)
+        maps = {"decoder": decoded, "stride4": features[1], "stride2": features[0], "image": image}
+        brought = [self._bring(maps[s], s, size, train) for s in self.sources]
+        x = jnp.concatenate(brought, axis=-1)
+        for i, rate in enumerate(self.rates):
+            conv = functools.partial(layers.ConvNorm, self.width, 3, style=self.style)
+            x = conv(dilation=rate, name=f"conv_{i}")(x, train)
+        half = affinity.offsets(self.dilations, symmetric=self.symmetric)
+        x = layers.classifier(len(half), self.style)(x)
+        return affinity.mirror(x, self.offsets) if self.symmetric else x
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """The K offsets of the channels, `[K, 2]`."""
+        return affinity.offsets(self.dilations)
+
+    @property
+    def torch_keys(self) -> layers.TorchKeys:
+        """None: paths are joined by dots."""
+        return ()
+
+    def _bring(self, x: jax.Array, source: str, size: tuple[int, int], train: bool) -> jax.Array:
+        conv = functools.partial(layers.ConvNorm, self.width, style=self.style)
+        if source == "image":
+            x = conv(kernel=3, stride=min(2, self.stride), name="image")(x, train)
+        elif x.shape[1] <= size[0] and x.shape[2] <= size[1]:
+            x = conv(name=source)(x, train)
+        halvings = 0
+        while x.shape[1] > size[0] or x.shape[2] > size[1]:
+            x = conv(kernel=3, stride=2, name=f"{source}_down{halvings}")(x, train)
+            halvings += 1
+        return layers.resize_to(x, size)
+
+    def _check(self) -> None:
+        layers.check_choice("affinity.stride", self.stride, STRIDES)
+        for source in self.sources:
+            layers.check_choice("affinity.sources", source, SOURCES)
+        if not self.sources or len(set(self.sources)) < len(self.sources):
+            raise ValueError(
+                f"affinity.sources are {self.sources}; give one or more of {SOURCES}, each once"
+            )

@@ -1,0 +1,1 @@
+"""Decoders, one a file; `models.segmenter` says what a file must hold."""

@@ -1,0 +1,53 @@
+"""PSPNet: means over grids of several sizes tell each pixel what surrounds it.
+
+Zhao et al. 2017 (https://arxiv.org/abs/1612.01105).
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dilaff_jax.models import layers
+
+
+class PSPNet(nn.Module):
+    """Pyramid of adaptive means joined with the last feature map; 3×3; classifier.
+
+    Attributes:
+        num_classes: C.
+        style: see `layers.Style`.
+        bins: sizes of the grids.
+        width: channels of each level of the pyramid and of the 3×3 convolution.
+        dropout: rate before the classifier.
+    """
+
+    num_classes: int
+    style: layers.Style = layers.Style()
+    bins: tuple[int, ...] = (1, 2, 3, 6)
+    width: int = 512
+    dropout: float = 0.1
+
+    @nn.compact
+    def __call__(self, features: Sequence[jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns scores `[B, h, w, C]` and the features `[B, h, w, F]` they were made from."""
+        x = features[-1]
+        conv = functools.partial(layers.ConvNorm, self.width, style=self.style)
+        levels = [x]
+        for size in self.bins:
+            level = layers.adaptive_average_pool(x, size)
+            level = conv(two_pass=True, name=f"bin_{size}")(level, train)
+            levels.append(layers.resize_to(level, x.shape[1:3]))
+        x = conv(kernel=3, name="conv")(jnp.concatenate(levels, axis=-1), train)
+        y = layers.Dropout(self.dropout, self.style)(x, train)
+        return layers.classifier(self.num_classes, self.style)(y), x
+
+    @property
+    def torch_keys(self) -> layers.TorchKeys:
+        """None: torchvision has no PSPNet; paths are joined by dots."""
+        return ()
+
+
+VARIANTS = {"pspnet": PSPNet}

@@ -1,0 +1,1 @@
+"""Encoders, one family a file; `models.segmenter` says what a file must hold."""

@@ -1,0 +1,222 @@
+"""What every network here is made of: convolution, normalisation, activation, and pooling."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilaff_jax import resize
+from dilaff_jax.models import depthwise
+
+Padding: TypeAlias = Literal["symmetric", "same"]
+TorchKeys: TypeAlias = tuple[tuple[str, str], ...]
+
+# torch's BatchNorm: epsilon 1e-5, and its momentum 0.1 is 0.9 in Flax.
+EPSILON = 1e-5
+MOMENTUM = 0.9
+
+# The statistics of ImageNet that torchvision's weights expect, for RGB in [0, 255].
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What all layers of one network share.
+
+    Attributes:
+        norm: "batch" or "group" (32 groups, or the most below that divide the channels).
+        frozen_norm: BatchNorm uses its running statistics in training too and leaves them as they
+            are; its scale and bias still learn.
+        dtype: of the computation. Parameters and statistics are float32.
+        axis_name: the mapped axis over which BatchNorm averages its statistics.
+        remat: compute the encoder's blocks again in the backward pass instead of keeping them.
+    """
+
+    norm: Literal["batch", "group"] = "batch"
+    frozen_norm: bool = False
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    remat: bool = False
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, normalisation, activation.
+
+    Attributes:
+        features: F; for a depthwise convolution it must be C.
+        kernel: size of the square window.
+        stride: of the convolution.
+        dilation: of the convolution.
+        depthwise: one filter a channel.
+        padding: "symmetric", d·(k-1)/2 on every side as in torch; "same", as TensorFlow pads: the
+            output has ceil(n/stride) pixels, and where the padding is odd the end gets more.
+        activation: applied last; None for none.
+        epsilon: added to the variance.
+        two_pass: BatchNorm's variance as E[(x - E x)²] instead of E[x²] - (E x)². For maps of few
+            pixels, where a difference of large numbers would leave nothing but rounding.
+        style: see `Style`.
+    """
+
+    features: int
+    kernel: int = 1
+    stride: int = 1
+    dilation: int = 1
+    depthwise: bool = False
+    padding: Padding = "symmetric"
+    activation: Callable[[jax.Array], jax.Array] | None = nn.relu
+    epsilon: float = EPSILON
+    two_pass: bool = False
+    style: Style = Style()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """`[B, H, W, C]` to `[B, H', W', F]`."""
+        reach = self.dilation * (self.kernel - 1) // 2
+        x = nn.Conv(
+            self.features,
+            (self.kernel, self.kernel),
+            strides=self.stride,
+            padding="SAME" if self.padding == "same" else ((reach, reach), (reach, reach)),
+            kernel_dilation=self.dilation,
+            feature_group_count=x.shape[-1] if self.depthwise else 1,
+            use_bias=False,
+            dtype=self.style.dtype,
+            kernel_init=_he_normal(self.depthwise),
+            conv_general_dilated=self._convolve(),
+            name="conv",
+        )(x)
+        x = self._norm(train)(x)
+        return x if self.activation is None else self.activation(x)
+
+    def _convolve(self) -> Callable[..., jax.Array] | None:
+        """The form of the convolution, None for XLA's own."""
+        if self.depthwise:
+            return depthwise.conv
+        return _pointwise if self.kernel == 1 else None
+
+    def _norm(self, train: bool) -> nn.Module:
+        if self.style.norm == "group":
+            return nn.GroupNorm(
+                num_groups=next(g for g in range(32, 0, -1) if self.features % g == 0),
+                epsilon=self.epsilon,
+                dtype=self.style.dtype,
+                name="norm",
+            )
+        return nn.BatchNorm(
+            use_running_average=not train or self.style.frozen_norm,
+            momentum=MOMENTUM,
+            epsilon=self.epsilon,
+            dtype=self.style.dtype,
+            axis_name=self.style.axis_name,
+            use_fast_variance=not self.two_pass,
+            name="norm",
+        )
+
+
+class SeparableConvNorm(nn.Module):
+    """A depthwise and a 1×1 `ConvNorm`, as in DeepLabv3+ (https://arxiv.org/abs/1802.02611)."""
+
+    features: int
+    kernel: int = 3
+    dilation: int = 1
+    style: Style = Style()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """`[B, H, W, C]` to `[B, H, W, features]`."""
+        spread = functools.partial(ConvNorm, kernel=self.kernel, dilation=self.dilation)
+        x = spread(x.shape[-1], depthwise=True, style=self.style, name="depthwise")(x, train)
+        return ConvNorm(self.features, style=self.style, name="pointwise")(x, train)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is drawn for each image by its place in the global batch.
+
+    So the numbers do not depend on over how many devices the batch is spread, which one mask a
+    device would not give. Needs the "dropout" random stream in training.
+    """
+
+    rate: float
+    style: Style = Style()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Drops values of `[B, H, W, C]` in training, scaling the rest up."""
+        if not train or self.rate == 0:
+            return x
+        place = jnp.arange(x.shape[0])
+        if self.style.axis_name is not None:
+            place = place + jax.lax.axis_index(self.style.axis_name) * x.shape[0]
+        key = self.make_rng("dropout")
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(place)
+        draw = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape[1:])
+        return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def classifier(features: int, style: Style, name: str = "logits") -> nn.Module:
+    """A 1×1 convolution with bias to `features` scores. Small weights: it starts undecided."""
+    init = nn.initializers.normal(0.01)
+    return nn.Conv(
+        features,
+        (1, 1),
+        dtype=style.dtype,
+        kernel_init=init,
+        conv_general_dilated=_pointwise,
+        name=name,
+    )
+
+
+def resize_to(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """`resize.bilinear` that keeps the dtype, for features on their way through a network."""
+    return resize.bilinear(x, size).astype(x.dtype)
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Averages `[B, H, W, C]` over a grid of `size` x `size` cells that cover it.
+
+    Cell i of n pixels reads floor(i·n/size) to ceil((i+1)·n/size) - 1, so neighbouring cells may
+    share pixels; equal to `torch.nn.functional.adaptive_avg_pool2d`. Summed in float32.
+    """
+    rows, columns = (jnp.asarray(_cells(n, size)) for n in x.shape[1:3])
+    pooled = jnp.einsum(
+        "bhwc,ih,jw->bijc", x, rows, columns, precision="highest", preferred_element_type="float32"
+    )
+    return pooled.astype(x.dtype)
+
+
+def check_choice(option: str, found: object, allowed: Sequence[object]) -> None:
+    """Raises ValueError naming the option, the value found and the values allowed."""
+    if found not in allowed:
+        raise ValueError(f"{option} is {found!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def _cells(n: int, size: int) -> np.ndarray:
+    """The averaging matrix `[size, n]`, rows summing to one."""
+    cells = np.zeros((size, n), np.float32)
+    for i in range(size):
+        start, stop = i * n // size, math.ceil((i + 1) * n / size)
+        cells[i, start:stop] = 1 / (stop - start)
+    return cells
+
+
+def _he_normal(depthwise: bool) -> nn.initializers.Initializer:
+    # A depthwise filter feeds one channel; Flax's fan_out would count them all.
+    return nn.initializers.variance_scaling(2.0, "fan_in" if depthwise else "fan_out", "normal")
+
+
+def _pointwise(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: Any, **__: Any
+) -> jax.Array:
+    """A 1×1 convolution as a matrix product, `[B, H, W, C]` to `[B, H', W', F]`.
+
+    XLA's CPU backend runs the convolution that is a filter's gradient slowly, the product fast.
+    """
+    x = x[:, :: strides[0], :: strides[1]]
+    return jnp.einsum("bhwc,cf->bhwf", x, kernel[0, 0])

@@ -1,0 +1,125 @@
+"""A trained network as what runs and exported files have in common: images in, logits out."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dilaff_jax import checkpoint, inference
+from dilaff_jax import step as step_lib
+from dilaff_jax.data import classes as classes_lib
+from dilaff_jax.models import segmenter
+
+# (variables, images [B, H, W, 3]) to logits [B, h, w, C] and affinity logits [B, h', w', K] or None
+Apply: TypeAlias = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array | None]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A function from images to logits, and what must be known to use it.
+
+    Attributes:
+        apply: `(variables, images)` to logits and affinity logits, each at its own stride.
+        variables: of the network; () where `apply` holds them.
+        offsets: of the affinity channels, `[K, 2]`; None without such a head.
+        classes: names and colours.
+        refine: keyword arguments of `propagate.operator`.
+        resize: factor by which images are scaled (by area) before the network sees them.
+        pad_rgb: what fills an image outside its content, in [0, 255].
+        multiple: of which height and width must be; 1 for any size.
+        minimum: the least height and width.
+        size: the only (height, width) that it takes; None for others too.
+    """
+
+    apply: Apply
+    variables: Any
+    offsets: np.ndarray | None
+    classes: classes_lib.Classes
+    refine: Mapping[str, Any]
+    resize: float = 1.0
+    pad_rgb: tuple[int, ...] = (124, 116, 104)
+    multiple: int = 1
+    minimum: int = 1
+    size: tuple[int, int] | None = None
+
+
+def from_run(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict | None = None
+) -> tuple[Network, segmenter.Segmenter, int]:
+    """Returns the network of a run's best (else latest) state, its model, and the step.
+
+    Args:
+        workdir: of the run.
+        config: None for the one the run was made with, WORKDIR/config.json.
+
+    Raises:
+        FileNotFoundError: `workdir` holds no run.
+        ValueError: the config is of another model than the checkpoint.
+    """
+    config = read_config(workdir) if config is None else config
+    inference.check(config.inference)
+    classes = classes_of(workdir, config)
+    model = segmenter.build(step_lib.model_config(config), len(classes.names))
+    image = jnp.zeros((1, *config.data.crop_size, 3), jnp.uint8)
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+    step, variables = checkpoint.read_variables(workdir, like)
+
+    def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        def network(x: jax.Array) -> Mapping[str, Any]:
+            return model.apply(variables, x, train=False)  # type: ignore[return-value]
+
+        return inference.infer(network, images, model.offsets, config.inference)
+
+    network = Network(
+        apply,
+        variables,
+        model.offsets,
+        classes,
+        dict(config.refine),
+        config.data.resize,
+        tuple(config.data.pad_rgb),
+    )
+    return network, model, step
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config that a run was made with.
+
+    Raises:
+        FileNotFoundError: `workdir` holds no config.json.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{workdir} is no run: {path} does not exist; give the --workdir of a training, or "
+            "the --config it was made with"
+        )
+    return ml_collections.ConfigDict(_tuples(json.loads(path.read_text())))
+
+
+def classes_of(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> classes_lib.Classes:
+    """Names and colours of a run's classes: WORKDIR/classes.json, else those of its data set.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    found = classes_lib.read(workdir)
+    if found is not None:
+        return found
+    from dilaff_jax.data import datasets  # only runs without classes.json need it
+
+    source = datasets.load(config.data, config.data.eval_split)
+    return classes_lib.Classes(source.class_names, source.colors)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that the config had."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,73 @@
+"""Draws the pictures of the documentation: python docs/figures.py.
+
+They are committed; a test holds them to what this command makes.
+"""
+
+import pathlib
+
+import numpy as np
+
+from dilaff_jax import affinity
+
+IMAGES = pathlib.Path(__file__).parent / "images"
+# Okabe and Ito's colours, told apart also by the colour-blind.
+COLORS = ("#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
+CELL = 24
+
+
+def neighbourhood(dilations: tuple[int, ...] = (1, 2, 4, 8)) -> str:
+    """An SVG of pixel i and its neighbours i + o; each bears the number of its channel."""
+    offsets = affinity.offsets(dilations)
+    reach, width = max(dilations), (2 * max(dilations) + 1) * CELL
+    parts = [_grid(width)]
+    for k, (offset, dilation) in enumerate(
+        zip(offsets, affinity.dilation_of(offsets), strict=True)
+    ):
+        parts.append(_cell(offset + reach, COLORS[dilations.index(dilation)], str(k)))
+    parts.append(_cell(np.array([reach, reach]), "#000000", "i"))
+    per_dilation = len(offsets) // len(dilations)
+    for n, dilation in enumerate(dilations):
+        first = n * per_dilation
+        caption = f"dilation {dilation}: channels {first} to {first + per_dilation - 1}"
+        parts.append(_legend(n, width + 2 * CELL, COLORS[n], caption))
+    box = f"{-CELL // 2} {-CELL // 2} {width + 11 * CELL} {width + CELL}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-family="sans-serif"'
+        ' font-size="12">\n<rect x="-50%" y="-50%" width="200%" height="200%" fill="#ffffff"/>\n'
+        ' fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def _grid(width: int) -> str:
+    lines = [
+        f"M{at},0V{width}M0,{at}H{width}"  # one line down, one across
+        for at in range(0, width + 1, CELL)
+    ]
+    return f'<path d="{"".join(lines)}" stroke="#d0d0d0" fill="none"/>'
+
+
+def _cell(at: np.ndarray, color: str, text: str) -> str:
+    y, x = (int(v) * CELL for v in at)
+    return (
+        f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="{color}"/>'
+        f'<text x="{x + CELL // 2}" y="{y + CELL // 2 + 4}" text-anchor="middle" fill="#ffffff">'
+        f"{text}</text>"
+    )
+
+
+def _legend(row: int, left: int, color: str, text: str) -> str:
+    y = row * (CELL + 8)
+    return (
+        f'<rect x="{left}" y="{y}" width="{CELL}" height="{CELL}" fill="{color}"/>'
+        f'<text x="{left + CELL + 8}" y="{y + CELL // 2 + 4}" fill="#000000">{text}</text>'
+    )
+
+
+def main() -> None:
+    """Writes every picture."""
+    IMAGES.mkdir(exist_ok=True)
+    (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Takes the measured numbers of README.md from results/: python docs/numbers.py.
+
+A number that was measured is a link to its file whose title says where in it the number stands:
+
+    [75.5 ms](results/propagation_cpu.json "results > size=513x513x21 > median_seconds > numba")
+
+Each step is a key, an index, or KEY=VALUE[,KEY=VALUE] for the entry of a list; *N multiplies. The
+number keeps the decimals and the unit that it is written with. A test holds README.md to the files.
+"""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_LINK = re.compile(r'\[([-\d.,]+)([^]]*)\]\((results/[\w./-]+\.json) "([^"]+)"\)')
+
+
+def updated(text: str) -> str:
+    """The text with every such number as its file has it.
+
+    Raises:
+        LookupError: a file has no such place, or more than one.
+    """
+    return _LINK.sub(_current, text)
+
+
+def count(text: str) -> int:
+    """How many such numbers there are."""
+    return len(_LINK.findall(text))
+
+
+def _current(match: re.Match[str]) -> str:
+    shown, unit, file, path = match.groups()
+    value = float(_look_up(json.loads((ROOT / file).read_text()), path.split(" > ")))
+    decimals = len(shown.partition(".")[2])
+    return f'[{value:{"," if "," in shown else ""}.{decimals}f}{unit}]({file} "{path}")'
+
+
+def _look_up(value: Any, path: list[str]) -> Any:
+    for step in path:
+        if step.startswith("*"):
+            value = value * float(step[1:])
+        elif isinstance(value, list) and "=" in step:
+            wanted = [pair.split("=") for pair in step.split(",")]
+            found = [x for x in value if all(str(x.get(k)) == v for k, v in wanted)]
+            if len(found) != 1:
+                raise LookupError(f"{step!r} fits {len(found)} entries; expected 1")
+            value = found[0]
+        else:
+            value = value[int(step)] if isinstance(value, list) else value[step]
+    return value
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text()))

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything a change must pass, on a machine that has only Python >= 3.11: install, lint, types, tests.
+# Arguments go to pytest: bash launch/test.sh tests/test_affinity.py -k shift
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+# shellcheck source=/dev/null
+. .venv/bin/activate
+python -m pip install --quiet --upgrade pip
+python -m pip install --quiet --editable '.[dev,docs,torch,crf,pretrained,preflight,notebooks,report]'
+# One process may otherwise find a TPU plugin and wait for hardware that is not there.
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+ruff format --check .
+ruff check .
+mypy
+python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadscope "$@"

@@ -1,0 +1,64 @@
+"""Settings and fixtures that every test shares."""
+
+import os
+import pathlib
+
+# Before JAX is imported: tests run on the CPU, with four devices for those that map over devices.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Devices that wait for one another longer than 40 s are taken for dead; a loaded machine is not.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=4"
+    " --xla_cpu_collective_timeout_seconds=600"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
+# Many tests compile the same programs; kept between runs, in a folder that git ignores.
+COMPILED = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+# CPU timings on shared machines say nothing about correctness; a fixed seed keeps a run repeatable.
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, max_examples=30, print_blob=True
+)
+hypothesis.settings.load_profile("repeatable")
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def _folder_or_skip(variable, default):
+    folder = pathlib.Path(os.environ.get(variable, default))
+    if not folder.is_dir():
+        pytest.skip(f"set {variable} to run this on real files: {folder} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data sets (research terms, so they are not part of the repository)."""
+    return _folder_or_skip("DILAFF_TEST_DATA", SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def real_weights():
+    """The folder of real pretrained weights (not part of the repository either)."""
+    return _folder_or_skip("DILAFF_TEST_WEIGHTS", SHARED / "weights")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A workdir as training leaves it, of a tiny network with an affinity head; not trained."""
+    from tests import tiny_run
+
+    return tiny_run.write(tmp_path_factory.mktemp("tiny_run") / "run")
+
+
+@pytest.fixture(scope="session")
+def tiny_plain_run(tmp_path_factory):
+    """The same without an affinity head."""
+    from tests import tiny_run
+
+    return tiny_run.write(tmp_path_factory.mktemp("tiny_run") / "plain", affinity=None)

@@ -1,0 +1,207 @@
+"""Offsets, shifts and ground-truth affinities."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import skimage.measure
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dilaff_jax import affinity
+from tests import oracles
+
+# Few sets and shapes: each new pair of them is compiled anew.
+DILATIONS = st.sampled_from([(2, 1), (1, 9)])
+
+
+def label_maps(ndim=2, max_side=9):
+    half = max_side // 2
+    cubes = [(1, 1, 1), (half, max_side, 1), (max_side, half, max_side)]
+    shapes = st.sampled_from([cube[:ndim] for cube in cubes])
+    return shapes.flatmap(
+        lambda shape: hnp.arrays(np.uint8, shape, elements=st.sampled_from([0, 1, 2, 255]))
+    )
+
+
+def test_default_offsets_are_dilation_major_then_row_major():
+    found = affinity.offsets()
+    assert found.shape == (32, 2)
+    assert found[:8].tolist() == [
+        [-1, -1], [-1, 0], [-1, 1], [0, -1], [0, 1], [1, -1], [1, 0], [1, 1],
+    ]  # fmt: skip
+    for d, block in zip((1, 2, 4, 8), found.reshape(4, 8, 2), strict=True):
+        assert (block == d * found[:8]).all()
+
+
+@pytest.mark.parametrize(("ndim", "neighbours"), [(1, 2), (2, 8), (3, 26)])
+def test_a_dilation_has_all_neighbours_of_the_cube(ndim, neighbours):
+    found = affinity.offsets((3,), ndim)
+    assert found.shape == (neighbours, ndim)
+    assert len({tuple(o) for o in found.tolist()}) == neighbours
+    assert set(np.unique(found)) <= {-3, 0, 3}
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_symmetric_offsets_are_one_of_each_opposite_pair(ndim):
+    half = {tuple(o) for o in affinity.offsets((1, 2), ndim, symmetric=True).tolist()}
+    full = {tuple(o) for o in affinity.offsets((1, 2), ndim).tolist()}
+    assert half | {tuple(-x for x in o) for o in half} == full
+    assert len(half) * 2 == len(full)
+
+
+@pytest.mark.parametrize("dilations", [(), (0,), (-1, 2), (1.5,), (2, 2)])
+def test_bad_dilations_are_refused_with_what_was_found(dilations):
+    with pytest.raises(ValueError, match=r"dilations are \("):
+        affinity.offsets(dilations)
+
+
+def test_zero_dimensions_are_refused():
+    with pytest.raises(ValueError, match="ndim is 0"):
+        affinity.offsets((1,), 0)
+
+
+@hypothesis.given(label_maps(), st.integers(-12, 12), st.integers(-12, 12))
+def test_shift_reads_the_neighbour_and_fills_outside(x, dy, dx):
+    moved = affinity.shift(x[..., None], (dy, dx), 7)[..., 0]
+    expected = np.full_like(x, 7)
+    for i, _, j in oracles.pairs(x.shape, [(dy, dx)]):
+        expected[i] = x[j]
+    np.testing.assert_array_equal(moved, expected)
+
+
+def test_shift_needs_a_channel_axis():
+    with pytest.raises(ValueError, match=r"x has shape \(4, 4\)"):
+        affinity.shift(jnp.zeros((4, 4)), (0, 1))
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@hypothesis.given(data=st.data())
+def test_targets_equal_the_pairwise_loops(ndim, data):
+    labels = data.draw(label_maps(ndim, max_side=5))
+    offsets = affinity.offsets(data.draw(DILATIONS), ndim)
+    target, valid = affinity.targets(labels, offsets)
+    expected_target, expected_valid = oracles.targets(labels, offsets)
+    np.testing.assert_array_equal(target, expected_target)
+    np.testing.assert_array_equal(valid, expected_valid)
+
+
+def test_borders_and_ignored_pixels_are_no_class_edges():
+    """The trap of zero-padded one-hot labels: every border and ignored pixel would be an edge."""
+    labels = np.zeros((5, 5), np.uint8)
+    labels[2, 2] = 255
+    target, valid = affinity.targets(labels, affinity.offsets((1,)))
+    edges = np.asarray(valid & ~target)
+    assert edges.sum() == 0
+    # 5x5 pixels have 2·(4·5·2 + 4·4·2) = 144 ordered neighbour pairs; 16 touch the centre.
+    assert np.asarray(valid).sum() == 144 - 16
+
+
+def test_another_ignore_label_may_be_chosen():
+    labels = np.array([[0, 3]])
+    _, valid = affinity.targets(labels, affinity.offsets((1,)), ignore_label=3)
+    assert not np.asarray(valid).any()
+
+
+def test_targets_keep_leading_axes_and_work_under_jit():
+    labels = np.random.default_rng(0).integers(0, 3, (2, 3, 6, 5))
+    offsets = affinity.offsets((1, 2))
+    target, valid = jax.jit(lambda x: affinity.targets(x, offsets))(labels)
+    assert target.shape == valid.shape == (2, 3, 6, 5, 16)
+    np.testing.assert_array_equal(target[1, 2], oracles.targets(labels[1, 2], offsets)[0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((4, 4)), "dtype float"),
+        (np.zeros(4, int), "at least 2 axes"),
+        (np.full((3, 3), np.nan), "float"),
+    ],
+)
+def test_bad_labels_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        affinity.targets(labels, affinity.offsets())
+
+
+@pytest.mark.parametrize("offsets", [np.zeros((0, 2), int), np.zeros(3, int), np.ones((8, 2)), [1]])
+def test_bad_offsets_are_refused_with_their_shape(offsets):
+    with pytest.raises(ValueError, match=r"offsets have shape \(.*expected integers \[K, ndim\]"):
+        affinity.targets(np.zeros((3, 3), int), offsets)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@hypothesis.given(data=st.data())
+def test_symmetric_offsets_give_symmetric_affinities(ndim, data):
+    """Mirroring the forward half of the ground truth gives the whole of it."""
+    labels = data.draw(label_maps(ndim, max_side=5))
+    dilations = data.draw(DILATIONS)
+    offsets = affinity.offsets(dilations, ndim)
+    half, _ = affinity.targets(labels, affinity.offsets(dilations, ndim, symmetric=True))
+    target, valid = map(np.asarray, affinity.targets(labels, offsets))
+    np.testing.assert_array_equal(affinity.mirror(half, offsets), target)
+    for i, k, j in oracles.pairs(labels.shape, offsets):
+        back = (offsets == -offsets[k]).all(axis=1).argmax()
+        assert target[i][k] == target[j][back]
+        assert valid[i][k] == valid[j][back]
+
+
+def test_mirror_refuses_a_wrong_number_of_channels():
+    with pytest.raises(ValueError, match=r"half has shape \(2, 4, 4, 5\); expected .* 16\]"):
+        affinity.mirror(jnp.zeros((2, 4, 4, 5)), affinity.offsets())
+
+
+def test_mirror_refuses_offsets_without_their_opposites():
+    with pytest.raises(ValueError, match="has no opposite"):
+        affinity.mirror(jnp.zeros((2, 4, 4, 4)), affinity.offsets((1,), symmetric=True))
+
+
+@hypothesis.given(label_maps(max_side=20), st.integers(1, 9), st.integers(1, 9))
+def test_downsampled_labels_are_the_nearest_at_half_pixel_centres(labels, height, width):
+    found = np.asarray(affinity.downsample_labels(labels, (height, width)))
+    for i in range(height):
+        for j in range(width):
+            y, x = (i + 0.5) * labels.shape[0] / height, (j + 0.5) * labels.shape[1] / width
+            assert found[i, j] == labels[int(y + 1e-9), int(x + 1e-9)]
+
+
+def test_downsampled_labels_equal_torch_nearest_exact():
+    torch = pytest.importorskip("torch")
+    labels = np.random.default_rng(0).integers(0, 255, (2, 513, 129)).astype(np.uint8)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(labels)[:, None].float(), (129, 33), mode="nearest-exact"
+    )[:, 0]
+    np.testing.assert_array_equal(affinity.downsample_labels(labels, (129, 33)), expected)
+
+
+def test_soft_targets_on_whole_cells_of_one_class_are_the_hard_ones():
+    coarse = np.random.default_rng(1).choice([0, 1, 2, 255], (2, 7, 5))
+    offsets = affinity.offsets((1, 2))
+    soft = affinity.soft_targets(coarse.repeat(4, 1).repeat(4, 2), offsets, (7, 5), num_classes=3)
+    hard = affinity.targets(coarse, offsets)
+    np.testing.assert_allclose(soft[0], hard[0], atol=1e-6)
+    np.testing.assert_array_equal(soft[1], hard[1])
+
+
+def test_soft_targets_are_the_chance_that_two_labelled_pixels_agree():
+    labels = np.array([[0, 0, 0, 1], [0, 255, 1, 1]])
+    target, valid = affinity.soft_targets(labels, np.array([[0, 1]]), (1, 2), num_classes=2)
+    left, right = [0, 0, 0], [0, 1, 1, 1]
+    agree = np.mean([a == b for a in left for b in right])
+    np.testing.assert_allclose(target[0, :, 0], [agree, 0])
+    assert valid[0, :, 0].tolist() == [True, False]
+
+
+def test_soft_targets_against_skimage_area_pooling():
+    labels = np.random.default_rng(2).integers(0, 3, (8, 12))
+    shares = np.stack(
+        [skimage.measure.block_reduce(labels == c, (4, 4), np.mean) for c in range(3)], axis=-1
+    )
+    target, _ = affinity.soft_targets(labels, np.array([[1, 1]]), (2, 3), num_classes=3)
+    np.testing.assert_allclose(target[0, 1, 0], shares[0, 1] @ shares[1, 2], atol=1e-6)
+
+
+def test_soft_targets_need_whole_cells():
+    with pytest.raises(ValueError, match=r"labels of size \(5, 4\) cannot be pooled to \(2, 2\)"):
+        affinity.soft_targets(np.zeros((5, 4), int), affinity.offsets((1,)), (2, 2), 2)

@@ -1,0 +1,97 @@
+"""Every config: it builds, its first batch fits, its training step can be traced."""
+
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dilaff_jax import optim, parallel, step, train
+from dilaff_jax.data import datasets, pipeline, prepare
+from dilaff_jax.models import segmenter
+from tests import data_files
+from tests.test_data_sets import (
+    SMALL_VOC,
+    write_ade,
+    write_camvid,
+    write_cityscapes,
+    write_voc,
+)
+
+CONFIGS = sorted(
+    path.stem
+    for path in (pathlib.Path(__file__).resolve().parents[1] / "configs").glob("*.py")
+    if path.stem != "__init__"
+)
+CLASSES = {"shapes": 8, "camvid": 11, "voc2012_seg": 21, "cityscapes": 19, "scene_parse150": 150}
+
+
+def get_config(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """All five data sets in miniature, from archives of the official layouts."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")
+    data_files.tiny_shapes(target, train=4)
+    (target / "shapes" / "tiny" / "1.0.0").rename(target / "shapes" / "1.0.0")
+    for split in ("train", "val"):
+        images, masks = f"{split}/images", f"{split}/labels"
+        write_camvid(source / "camvid", [f"0001TP_{split}"], images, masks, 255)
+    prepare.prepare("camvid", target, source / "camvid")
+    prepare.prepare("voc2012_seg", target, write_voc(source / "voc"), SMALL_VOC)
+    prepare.prepare("cityscapes", target, write_cityscapes(source / "city"))
+    prepare.prepare("scene_parse150", target, write_ade(source / "ade"))
+    return target
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_how_it_is_run_and_passes_all_checks(name):
+    module = importlib.import_module(f"configs.{name}")
+    assert name == "default" or f"configs/{name}.py" in module.__doc__
+    train.check(module.get_config())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_first_batch_is_what_the_step_expects(name, data_dir):
+    config = get_config(name)
+    config.data.update({"data_dir": str(data_dir), "workers": 0})
+    with pipeline.train_batches(config.data, batch_size=4, seed=0) as batches:
+        batch = next(batches)
+    size = tuple(config.data.crop_size)
+    assert batch["image"].shape == (4, *size, 3)
+    assert batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (4, *size)
+    source = datasets.load(config.data, config.data.eval_split)
+    assert source.num_classes == CLASSES[config.data.dataset]
+    assert set(np.unique(batch["label"])) <= {*range(source.num_classes), 255}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_training_step_keeps_the_form_of_the_state(name):
+    config = get_config(name)
+    classes = CLASSES[config.data.dataset]
+    model = segmenter.build(step.model_config(config), classes, axis_name=parallel.AXIS)
+    tx, _ = optim.optimiser(config.optim, config.num_steps)
+    train_step = step.TrainStep(config, model, classes, tx)
+    height, width = config.data.crop_size
+    state = jax.eval_shape(lambda: train_step.init((1, height, width, 3)))
+    mapped = parallel.Devices("shard_map", 1).map(train_step, out="replicated")
+    batch = {
+        "image": jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((2, height, width), jnp.uint8),
+    }
+    after = jax.eval_shape(mapped, state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_key_that_no_config_has_is_refused(name):
+    config = get_config(name).lock()
+    with pytest.raises(AttributeError, match="learning_rat"):
+        config.optim.learning_rat = 0.1

@@ -1,0 +1,224 @@
+"""The documentation builds, its code runs, and its tables say what the code and the results say."""
+
+import importlib
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+import dilaff_jax.data
+from configs import default
+from dilaff_jax import affinity, network, predictor, propagate
+from dilaff_jax.data import config as data_config
+from dilaff_jax.data import datasets, images, prepare
+from dilaff_jax.data.classes import Classes
+from dilaff_jax.models import affinity_head, options, segmenter
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def code_blocks(page):
+    """The Python blocks of a page: [(file name or "", code)]."""
+    pattern = r'^```python(?: title="(.*?)")?\n(.*?)^```$'
+    return re.findall(pattern, (ROOT / page).read_text(), re.M | re.S)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr[-3000:]
+    method = (tmp_path / "method.html").read_text()
+    assert "<math" in method
+    assert "arithmatex" not in method  # no formula is left as TeX
+    reference = "".join(p.read_text() for p in (tmp_path / "reference").glob("*.html"))
+    for path in (ROOT / "dilaff_jax").rglob("[a-z]*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert f'id="{module}"' in reference, f"{module} is missing from the reference"
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]*)"', page.read_text()
+        )
+        assert not loaded, f"{page.name} loads {loaded} from the network"
+
+
+def test_the_pictures_are_those_that_the_command_draws():
+    assert (DOCS / "images" / "neighbourhood.svg").read_text() == script("figures").neighbourhood()
+
+
+def test_measured_numbers_are_those_of_their_files():
+    numbers, text = script("numbers"), (ROOT / "README.md").read_text()
+    assert numbers.count(text) > 0
+    assert numbers.updated(text) == text, "run: python docs/numbers.py"
+
+
+def test_a_wrong_number_would_be_found():
+    numbers = script("numbers")
+    path = "results > size=513x513x21 > median_seconds > dilaff_jax > *1000"
+    wrong = f'[99999.9 ms](results/propagation_cpu.json "{path}")'
+    assert numbers.count(wrong) == 1
+    assert numbers.updated(wrong) != wrong
+    with pytest.raises(LookupError):
+        numbers.updated(wrong.replace("size=513x513x21", "size=none"))
+
+
+@pytest.mark.parametrize("page", ["docs/method.md", "docs/torch.md", "docs/use.md"])
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # What bears a title is a file, tested below or with what it needs.
+    untitled = [code for title, code in code_blocks(page) if not title]
+    assert untitled
+    scope = {}
+    for code in untitled:
+        exec(compile(code, page, "exec"), scope)
+
+
+def test_the_table_of_data_sets_names_all_of_them_and_counts_their_classes():
+    rows = re.findall(
+        r"^\| `(\w+)(?:/NAME)?` \| (\w+) \|", (DOCS / "datasets.md").read_text(), re.M
+    )
+    found = {name: datasets.builder_class(name) for name in datasets.names()}
+    assert {name for name, _ in rows} == found.keys()
+    for name, classes in rows:
+        if name != "image_folder":
+            assert len(found[name].class_names) == int(classes), name
+
+
+def test_the_code_of_the_use_page_runs_on_a_picture(tmp_path, monkeypatch):
+    """With a stand-in for the trained network: scores are the colours of every fourth pixel."""
+    colours = network.Network(
+        apply=lambda _, images: (images[:, ::4, ::4] / 32.0, jnp.zeros((1, 6, 8, 8))),
+        variables=(),
+        offsets=affinity.offsets((1,)),
+        classes=Classes(("red", "green", "blue"), np.eye(3, dtype=np.uint8) * 255),
+        refine={"name": "identity"},
+    )
+    monkeypatch.setattr(predictor, "load", lambda path: predictor.Predictor(colours))
+    monkeypatch.chdir(tmp_path)
+    image = np.zeros((24, 32, 3), np.uint8)
+    image[:, :16, 0] = image[:, 16:, 2] = 255
+    pathlib.Path("street.jpg").write_bytes(images.encode_png(image))
+    [code] = [code for title, code in code_blocks("docs/use.md") if title == "street.py"]
+    scope = {}
+    exec(code, scope)
+    assert scope["result"].labels[:, [0, 31]].tolist() == [[0, 2]] * 24
+
+
+def test_the_code_of_the_readme_is_that_of_the_method_page():
+    assert code_blocks("README.md") == code_blocks("docs/method.md")
+
+
+# Your own parts
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """The files of docs/extend.md, importable; the data set as if it lay in the package."""
+    for title, code in code_blocks("docs/extend.md"):
+        (tmp_path / pathlib.Path(title).name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(dilaff_jax.data, "__path__", [*dilaff_jax.data.__path__, str(tmp_path)])
+    return tmp_path
+
+
+def test_the_data_set_of_the_page_is_prepared_and_read(own_files):
+    prepare.prepare("dominoes", own_files / "data")
+    config = data_config.default(dataset="dominoes", data_dir=str(own_files / "data"))
+    source = datasets.load(config, "train")
+    assert len(source) == 4
+    assert source.class_names == ("left", "right")
+    assert source[1]["label"][0].tolist() == [0] * 16 + [1] * 16
+    assert source[1]["image"][0, 0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("own_files")
+def test_the_encoder_and_the_decoder_of_the_page_make_a_network():
+    own = {"encoder": "my_encoder:Five", "decoder": "my_decoder:Fine", "output_stride": 16}
+    config = own | {
+        "encoder_options": {"width": 8},
+        "decoder_options": {"width": 8},
+        "affinity": {},
+    }
+    model = segmenter.build(config, 3)
+    pixels = jnp.zeros((1, 64, 96, 3))
+    shapes = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), pixels, train=False)[0]
+    )
+    assert shapes["logits"].shape == (1, 16, 24, 3)
+    assert shapes["affinity_logits"].shape == (1, 16, 24, 32)
+
+
+@pytest.mark.usefixtures("own_files")
+def test_the_operator_of_the_page_refines():
+    refine = propagate.operator("my_operator:gated", steps=2, bias=0.5)
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(3), (1, 8, 8)).astype(np.float32)
+    offsets = affinity.offsets((1,))
+    edges = rng.normal(size=(1, 8, 8, 8)).astype(np.float32)
+    found = np.asarray(refine(probs, edges, offsets))
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+    assert np.abs(found - probs).max() > 0.01
+    # A pixel with no open edge keeps its value.
+    np.testing.assert_allclose(refine(probs, np.zeros_like(edges), offsets), probs, rtol=1e-6)
+
+
+# Configs
+
+
+def flattened(config):
+    """{key: default} with one level of sections."""
+    sections = {k: v for k, v in config.items() if isinstance(v, dict)}
+    flat = {k: v for k, v in config.items() if k not in sections}
+    return flat | {f"{s}.{k}": v for s, keys in sections.items() for k, v in keys.items()}
+
+
+def test_every_key_of_a_config_is_explained_with_its_default():
+    known = flattened(default.get_config().to_dict())
+    head = affinity_head.AffinityHead()
+    known |= {
+        f"model.affinity.{name}": getattr(head, name)
+        for name in options.fields(affinity_head.AffinityHead)
+        if name != "style"
+    }
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| `(.*?)` \| (.+) \|$", (DOCS / "configs.md").read_text(), re.M
+    )
+    written = {key: value for key, value, _ in rows}
+    assert written.keys() == known.keys(), (
+        f"docs/configs.md lacks {sorted(known.keys() - written.keys())} "
+        f"and has besides {sorted(written.keys() - known.keys())}"
+    )
+    for key, value in written.items():
+        shown = repr(known[key])
+        assert value == (shown if len(shown) < 40 else "..."), key
+
+
+def test_the_config_of_the_page_runs():
+    [(_, code)] = code_blocks("docs/configs.md")
+    scope = {}
+    exec(code, scope)
+    assert scope["get_config"]().data.crop_size == (256, 256)
+
+
+def test_the_citation_file_has_what_its_schema_requires():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == dilaff_jax.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{dilaff_jax.__version__}]" in changelog

@@ -1,0 +1,161 @@
+"""Exported files: equal to the model, at any size, read without the package, damaged ones refused."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+import dilaff_jax
+from dilaff_jax import export, network, onnx_export, tf_export
+from tests import data_files
+from tests import tiny_run as runs
+
+IMAGES = np.stack([data_files.picture(48, 40, seed) for seed in range(3)])
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "model.zip"
+    return path, export.write(network.from_run(tiny_run)[0], path)
+
+
+# What docs show, and all that a stranger needs.
+STRANGER = """
+import json, sys, zipfile
+import jax, numpy as np
+from jax import export
+with zipfile.ZipFile(sys.argv[1]) as file:
+    program = export.deserialize(bytearray(file.read("program.bin")))
+    about = json.loads(file.read("metadata.json"))
+found = jax.jit(program.call)(np.load(sys.argv[2]))
+assert not [name for name in sys.modules if name.startswith(("dilaff_jax", "flax"))]
+np.savez(sys.argv[3], **found)
+print(about["classes"]["names"])
+"""
+
+
+def test_the_file_runs_without_this_package_and_equals_the_model(exported, tiny_run, tmp_path):
+    np.save(tmp_path / "in.npy", IMAGES)
+    files = [str(exported[0]), str(tmp_path / "in.npy"), str(tmp_path / "out.npz")]
+    said = subprocess.run(
+        [sys.executable, "-c", STRANGER, *files], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == str(list(runs.NAMES))
+    found = np.load(tmp_path / "out.npz")
+    net = network.from_run(tiny_run)[0]
+    logits, edges = jax.jit(net.apply)(net.variables, IMAGES)
+    scale = np.abs(logits).max()
+    np.testing.assert_allclose(found["logits"], logits, atol=1e-5 * scale)
+    np.testing.assert_allclose(found["affinity_logits"], edges, atol=1e-5 * np.abs(edges).max())
+    for i, image in enumerate(IMAGES):
+        labels, _, probs = runs.expected(tiny_run, image)
+        np.testing.assert_array_equal(found["labels"][i], labels)
+        np.testing.assert_allclose(found["probs"][i], probs, atol=1e-5 * scale)
+
+
+def test_the_file_says_what_goes_in_and_comes_out(exported, tiny_run):
+    path, metadata = exported
+    with zipfile.ZipFile(path) as file:
+        assert file.namelist() == ["metadata.json", "program.bin"]
+        assert json.loads(file.read("metadata.json")) == metadata
+    assert metadata["platforms"] == ["cpu", "cuda", "tpu"]
+    assert metadata["multiple"] == 1 or 8 % metadata["multiple"] == 0
+    assert metadata["outputs"]["probs"].startswith("float32 (b, ")
+    assert metadata["outputs"]["labels"].startswith("uint8 (b, ")
+    assert len(metadata["offsets"]) == 16
+    assert metadata["refine"] == {"name": "signed", "steps": 5, "strength": 0.1}
+
+
+def test_a_file_is_loaded_as_a_run_is(exported, tiny_run):
+    from_file, from_run = dilaff_jax.load(exported[0]), dilaff_jax.load(tiny_run)
+    found, wanted = from_file(IMAGES[0]), from_run(IMAGES[0])
+    np.testing.assert_array_equal(found.labels, wanted.labels)
+    np.testing.assert_array_equal(found.plain, wanted.plain)
+    np.testing.assert_allclose(found.probs, wanted.probs, atol=1e-4)
+    np.testing.assert_allclose(found.affinity, wanted.affinity, atol=1e-4)
+    assert found.classes.names == runs.NAMES
+    odd = from_file(IMAGES[0, :13, :29])  # neither a multiple nor the minimum
+    assert odd.labels.shape == (13, 29)
+
+
+def test_a_network_without_affinities_is_exported_too(tiny_plain_run, tmp_path):
+    export.write(network.from_run(tiny_plain_run)[0], tmp_path / "plain.zip", platforms=["cpu"])
+    found = dilaff_jax.load(tmp_path / "plain.zip")(IMAGES[1])
+    np.testing.assert_array_equal(found.labels, runs.expected(tiny_plain_run, IMAGES[1])[0])
+    assert found.affinity is None
+
+
+def test_a_network_that_computes_with_its_size_is_exported_for_one_size(tiny_run, tmp_path):
+    net = network.from_run(tiny_run)[0]
+
+    def apply(variables, images):
+        return net.apply(variables, images[:, : int(images.shape[1])])
+
+    rigid = dataclasses.replace(net, apply=apply)
+    with pytest.raises(ValueError, match="one size, --size=HEIGHT,WIDTH"):
+        export.write(rigid, tmp_path / "rigid.zip")
+    assert not (tmp_path / "rigid.zip").exists()
+    metadata = export.write(rigid, tmp_path / "rigid.zip", size=(64, 64), platforms=["cpu"])
+    assert metadata["size"] == [64, 64]
+    model = dilaff_jax.load(tmp_path / "rigid.zip")
+    np.testing.assert_array_equal(
+        model(IMAGES[0]).labels, dilaff_jax.load(tiny_run, pad=64)(IMAGES[0]).labels
+    )
+    with pytest.raises(ValueError, match="was exported for 64 x 64"):
+        model(data_files.picture(65, 64))
+
+
+def test_a_damaged_or_foreign_file_is_refused(exported, tmp_path):
+    damaged = bytearray(exported[0].read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    (tmp_path / "damaged.zip").write_bytes(damaged)
+    (tmp_path / "cut.zip").write_bytes(damaged[:-2000])
+    (tmp_path / "text.zip").write_text("hello")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("metadata.json", '{"format": "other"}')
+    for path in tmp_path.glob("*.zip"):
+        with pytest.raises(
+            ValueError, match=r"is no file that dilaff_jax\.export wrote, or damaged"
+        ):
+            dilaff_jax.load(path)
+
+
+def test_the_command_exports_and_says_what(tiny_run, tmp_path, capsys):
+    file = tmp_path / "new" / "model.zip"
+    assert export.main([str(tiny_run), str(file), "--platforms=cpu", "--size=64,96"]) == 0
+    assert "input: images, uint8 (b, 64, 96, 3): RGB" in capsys.readouterr().out
+    assert file.is_file()
+    with pytest.raises(SystemExit, match=r"FileNotFoundError: .* is no run"):
+        export.main([str(tmp_path), str(file)])
+
+
+def test_an_onnx_file_equals_the_model(tiny_run, tmp_path):
+    pytest.importorskip("jax2onnx", reason="needs: pip install --no-deps jax2onnx, extra [onnx]")
+    net = network.from_run(tiny_run)[0]
+    onnx_export.write(net, tmp_path / "model.onnx", (64, 96))
+    worst = onnx_export.compare(net, tmp_path / "model.onnx", (64, 96))
+    assert worst.keys() == {"labels", "probs", "logits", "affinity_logits"}
+    assert worst["labels"] == 0
+    assert max(worst.values()) < 1e-4  # the logits are of the order of ten
+
+
+def test_without_the_converter_the_message_says_how_to_get_it(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(ImportError, match="pip install --no-deps jax2onnx"):
+        onnx_export.write(network.from_run(tiny_run)[0], tmp_path / "model.onnx", (64, 96))
+
+
+def test_a_saved_model_equals_the_model(tiny_run, tmp_path):
+    tf = pytest.importorskip("tensorflow", reason="needs the extra [tensorflow]")
+    net = network.from_run(tiny_run)[0]
+    tf_export.write(net, tmp_path / "saved")
+    found = tf.saved_model.load(str(tmp_path / "saved")).segment(IMAGES)
+    wanted = jax.jit(export.program(net))(IMAGES)
+    for name, value in wanted.items():
+        scale = max(1, np.abs(np.asarray(value, np.float32)).max())
+        np.testing.assert_allclose(found[name].numpy(), value, atol=1e-5 * scale)

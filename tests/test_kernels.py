@@ -1,0 +1,278 @@
+"""The TPU kernels, interpreted on the CPU, against XLA; and compiled for TPUs that are not there."""
+
+import functools
+import importlib.util
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax import export as jax_export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dilaff_jax import affinity, chips, hlo, propagate
+from dilaff_jax.kernels import backends, bands, propagation
+
+# Interpreted once or twice each: optimising the program would take longer than running it.
+HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def hastily(function, *arrays):
+    return jax.jit(function).lower(*arrays).compile(compiler_options=HASTY)(*arrays)
+
+
+def problem(size, dilations, symmetric=False, dtype=np.float32):
+    """Random probabilities, affinity logits and offsets for maps of a size (B, H, W, C)."""
+    rng = np.random.default_rng(0)
+    offsets = affinity.offsets(dilations, symmetric=symmetric)
+    probs = rng.dirichlet(np.ones(size[-1]), size[:-1])
+    logits = 3 * rng.standard_normal((*size[:-1], len(offsets)))
+    return jnp.asarray(probs, dtype), jnp.asarray(logits, dtype), as_tuples(offsets)
+
+
+def as_tuples(offsets):
+    return tuple(map(tuple, np.asarray(offsets).tolist()))
+
+
+# The same results as XLA, which tests/test_propagate.py holds to independent oracles.
+
+
+@pytest.mark.parametrize(
+    ("size", "dilations", "steps", "rows", "number_of_bands"),
+    [
+        ((2, 13, 7, 3), (1, 2), 3, 4, 4),  # a batch, odd sizes, the last band not full
+        ((1, 25, 6, 9), (2,), 5, 5, 5),  # classes beyond one group of sublanes
+        ((1, 9, 5, 2), (1, 8), 1, None, 1),  # offsets longer than the map is wide
+        ((1, 5, 256, 2), (3,), 4, 2, 3),  # two full groups of lanes, so that rotations wrap
+    ],
+)
+def test_signed_is_that_of_xla(size, dilations, steps, rows, number_of_bands):
+    probs, logits, offsets = problem(size, dilations)
+    plan = bands.plan(probs, logits, offsets, steps, rows=rows)
+    assert plan.bands == number_of_bands
+    bias = jnp.linspace(-2, 1, len(offsets))
+    kernel = functools.partial(propagation.signed, plan=plan, interpret=True)
+    refined = hastily(kernel, probs, logits, jnp.float32(0.3), bias)
+    expected = propagate.signed(
+        probs, logits, np.array(offsets), steps=steps, strength=0.3, bias=bias
+    )
+    np.testing.assert_allclose(refined, expected, atol=1e-5)
+
+
+def test_random_walk_is_that_of_xla_with_every_option_and_across_bands():
+    probs, logits, offsets = problem((2, 14, 7, 4), (1, 3))
+    edges = jax.nn.sigmoid(logits)
+    plan = bands.plan(probs, edges, offsets, 3, rows=5)
+    assert plan.bands == 3
+    kernel = functools.partial(propagation.random_walk, plan=plan, interpret=True)
+    walk = jax.jit(kernel).lower(probs, edges, (1.0, 0.0, 1.0, 0.0)).compile(HASTY)
+    names = ("sharpness", "threshold", "self_weight", "restart")
+    for options in [(1.0, 0.0, 1.0, 0.0), (3.0, 0.4, 0.5, 0.2), (0.5, 0.9, 0.0, 0.7)]:
+        expected = propagate.random_walk(
+            probs, edges, np.array(offsets), steps=3, **dict(zip(names, options, strict=True))
+        )
+        np.testing.assert_allclose(walk(probs, edges, options), expected, atol=1e-5)
+
+
+def test_random_walk_without_options_keeps_pixels_without_open_edge():
+    probs, logits, offsets = problem((1, 6, 5, 3), (1,), dtype=jnp.bfloat16)
+    edges = jnp.where(logits > 4, 0.75, 0).astype(jnp.bfloat16)
+    refined = hastily(
+        lambda p, a: propagate.random_walk(
+            p, a, np.array(offsets), steps=4, self_weight=0.0, backend="pallas"
+        ),
+        probs,
+        edges,
+    )
+    expected = propagate.random_walk(probs, edges, np.array(offsets), steps=4, self_weight=0.0)
+    assert refined.dtype == jnp.float32
+    np.testing.assert_allclose(refined, expected, atol=1e-5)
+    alone = ~(edges > 0).any(axis=-1)
+    assert alone.any()
+    np.testing.assert_array_equal(refined[alone], probs[alone].astype(jnp.float32))
+
+
+def test_gradients_are_those_of_xla_in_every_array_with_symmetric_offsets():
+    probs, logits, offsets = problem((1, 6, 5, 3), (1, 2), symmetric=True)
+    towards = jnp.asarray(np.random.default_rng(1).standard_normal(probs.shape), jnp.float32)
+
+    def loss(backend, probs, logits, strength, bias):
+        refined = propagate.signed(
+            probs, logits, np.array(offsets), steps=2, strength=strength, bias=bias, backend=backend
+        )
+        return jnp.vdot(refined, towards)
+
+    def gradients(backend):
+        function = jax.value_and_grad(functools.partial(loss, backend), argnums=(0, 1, 2, 3))
+        return hastily(function, probs, logits, 0.3, jnp.array([0.5, -1.0]))
+
+    found, expected = gradients("pallas"), gradients("xla")
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(theirs).max()
+        assert scale > 0
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
+
+
+# How maps are cut.
+
+
+@hypothesis.given(
+    height=st.integers(1, 600),
+    width=st.integers(1, 700),
+    reach=st.integers(1, 12),
+    steps=st.integers(1, 6),
+    vmem=st.integers(2**20, 2**27),
+)
+def test_bands_cover_the_map_hold_all_they_depend_on_and_fit(height, width, reach, steps, vmem):
+    probs = jax.ShapeDtypeStruct((1, height, width, 21), np.float32)
+    guide = jax.ShapeDtypeStruct((1, height, width, 8), np.float32)
+    offsets = as_tuples(affinity.offsets((reach,)))
+    plan = bands.plan(probs, guide, offsets, steps, vmem=vmem)
+    hypothesis.assume(not isinstance(plan, str))
+    assert plan.vmem <= vmem
+    assert plan.bands * plan.window <= 2 * height
+    assert (plan.bands - 1) * plan.rows < height <= plan.bands * plan.rows
+    halo = steps * (reach if reach < height else 0)
+    for band in range(plan.bands):
+        top, bottom = band * plan.rows, min((band + 1) * plan.rows, height)
+        first = int(plan.first(band))
+        assert 0 <= first <= max(0, top - halo)
+        assert min(height, bottom + halo) <= first + plan.window <= height
+
+
+def test_the_default_case_is_read_once_on_a_v5e_and_left_to_xla_on_a_v4():
+    probs, logits, offsets = (
+        jax.ShapeDtypeStruct((8, 129, 129, 21), np.float32),
+        jax.ShapeDtypeStruct((8, 129, 129, 32), np.float32),
+        as_tuples(affinity.offsets()),
+    )
+    plan = bands.plan(probs, logits, offsets, 4, vmem=128 * 2**20)
+    assert (plan.bands, plan.window) == (1, 129)
+    assert "VMEM holds too few rows" in bands.plan(probs, logits, offsets, 4, vmem=16 * 2**20)
+
+
+# Which implementation runs where.
+
+
+@pytest.fixture
+def a_tpu(monkeypatch):
+    monkeypatch.setattr(backends, "made_for_tpu", lambda: True)
+
+
+def lowered(function, *arrays, platform="tpu"):
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+def refine(classes, **options):
+    """A function and its arrays; the number of classes keeps traces of several tests apart."""
+    probs, logits, offsets = problem((1, 6, 5, classes), (1,))
+    name = "random_walk" if "order" in options else "signed"
+    function = functools.partial(getattr(propagate, name), offsets=np.array(offsets), **options)
+    return lambda p, a: function(p, a), probs, jax.nn.sigmoid(logits)
+
+
+def test_the_kernel_is_chosen_on_tpus_only(a_tpu):
+    assert "tpu_custom_call" in lowered(*refine(31))
+    assert "tpu_custom_call" not in lowered(*refine(32, backend="xla"))
+    for platform in ("cpu", "cuda"):
+        assert "custom_call" not in lowered(*refine(31), platform=platform)
+
+
+def test_where_there_is_no_tpu_pallas_is_not_even_traced():
+    function, *arrays = refine(33)
+    assert not backends.made_for_tpu()
+    assert "pallas_call" not in str(jax.make_jaxpr(function)(*arrays))
+
+
+def test_maps_and_options_may_be_batched(a_tpu):
+    _, probs, logits = refine(34)
+    offsets = affinity.offsets((1,))
+
+    def function(p, strength):
+        return propagate.signed(p, logits, offsets, strength=strength)
+
+    assert "tpu_custom_call" in lowered(jax.vmap(function), jnp.stack([probs] * 2), jnp.ones(2))
+
+
+CASES = [
+    ({"steps": 0}, "no step to make"),
+    ({"strength": np.ones((6, 5, 1), np.float32)}, "an option is no scalar"),
+    ({"order": "coarse_to_fine"}, "order 'joint' only"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), CASES)
+def test_what_the_kernel_does_not_take_is_left_to_xla_or_refused(a_tpu, options, reason):
+    assert "tpu_custom_call" not in lowered(*refine(35, **options))
+    function, *arrays = refine(35, **options, backend="pallas")
+    with pytest.raises(ValueError, match=reason):
+        function(*arrays)
+
+
+def test_volumes_are_left_to_xla_or_refused(a_tpu):
+    offsets = affinity.offsets((1,), ndim=3)
+    probs, logits = jnp.full((1, 3, 3, 3, 2), 0.5), jnp.zeros((1, 3, 3, 3, 26))
+    assert "tpu_custom_call" not in lowered(
+        lambda p, a: propagate.signed(p, a, offsets), probs, logits
+    )
+    with pytest.raises(ValueError, match="3 spatial dimensions, not two"):
+        propagate.signed(probs, logits, offsets, backend="pallas")
+
+
+def test_sizes_that_stay_open_are_left_to_xla(a_tpu):
+    function, *arrays = refine(36)
+    (batch,) = jax_export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in arrays]
+    exported = jax_export.export(jax.jit(function), platforms=("tpu",))(*shapes)
+    assert "tpu_custom_call" not in exported.mlir_module()
+
+
+def test_a_shard_map_that_keeps_track_of_what_varies_is_left_to_xla(a_tpu):
+    function, *arrays = refine(37)
+    mesh, spec = Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec("x")
+
+    def mapped(check):
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=check
+        )
+
+    assert "tpu_custom_call" in lowered(mapped(False), *arrays)
+    assert "tpu_custom_call" not in lowered(mapped(True), *arrays)
+
+
+def test_an_unknown_backend_is_refused():
+    function, *arrays = refine(38, backend="triton")
+    with pytest.raises(ValueError, match="backend is 'triton'; expected 'auto', 'xla' or 'pallas'"):
+        function(*arrays)
+
+
+# Compiled by the TPU's own compiler.
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is not installed: pip install -e '.[preflight]'",
+)
+@pytest.mark.parametrize(("chip", "name"), [("v5e", "signed"), ("v6e", "random_walk")])
+def test_compiled_for_a_tpu_maps_are_read_and_written_once(chip, name):
+    offsets = affinity.offsets()
+    mesh = Mesh(np.array(chips.devices(f"{chip}:1x1")), ("x",))
+    spec = PartitionSpec("x")
+    shapes = [
+        jax.ShapeDtypeStruct((1, 129, 129, c), np.float32, sharding=NamedSharding(mesh, spec))
+        for c in (21, len(offsets))
+    ]
+    mapped = jax.shard_map(
+        lambda p, a: getattr(propagate, name)(p, a, offsets, steps=4),
+        mesh=mesh,
+        in_specs=(spec, spec),
+        out_specs=spec,
+        check_vma=False,
+    )
+    compiled = jax.jit(mapped).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    memory = compiled.memory_analysis()
+    once = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert hlo.Program(compiled.as_text()).traffic() <= 1.3 * once

@@ -1,0 +1,74 @@
+"""The notebooks run from start to end, in a kernel of their own, on little data and tiny networks."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "launch" / "colab"
+NOTEBOOKS = sorted(p.name for p in FOLDER.glob("*.ipynb"))
+
+# In place of each notebook's own parameters, and after the cell that makes the config.
+LITTLE = {
+    "train_shapes.ipynb": """
+STEPS, WORKDIR, DATA_DIR, REPOSITORY = 3, "work", "data", ""
+OPTIONS = {"size": 32, "train": 16, "validation": 3, "test": 1}
+""",
+    "your_images.ipynb": """
+STEPS, WORKDIR, DATA_DIR, REPOSITORY = 3, "work", "data", ""
+SOURCE, NAME, CROP, EXAMPLES = "", "mine", (32, 32), 12
+""",
+    "jax_and_torch.ipynb": 'REPOSITORY, SIZE, BATCH = "", (33, 33), 2',
+}
+TINY = """
+from tests import tiny
+
+config.model.decoder_options = {}
+tiny.model_config(config)
+config.batch_size, config.data.crop_size, PRETRAINED = 4, (32, 32), ""
+config.data.scale_range = (1.0, 1.5)
+"""
+
+
+def read(name):
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def test_there_are_three():
+    assert set(NOTEBOOKS) == set(LITTLE)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_output_is_kept_that_no_run_made(name):
+    cells = [cell for cell in read(name).cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_it_runs_from_start_to_end(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = read(name)
+    made = [i for i, cell in enumerate(notebook.cells) if "get_config()" in cell.source]
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "parameters" in tags:
+            cell.source = LITTLE[name]
+        if "pretrained" in tags:
+            cell.source = 'PRETRAINED = ""'
+    for i in made:
+        notebook.cells.insert(i + 1, nbformat.v4.new_code_cell(TINY))
+    # The kernel runs in an empty folder, where everything that it writes must stay.
+    root = tmp_path / "elsewhere"
+    root.mkdir()
+    (root / "configs").symlink_to(FOLDER.parents[1] / "configs")
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(root)}}
+    )
+    client.execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    expected = "bit for bit: True" if name == "jax_and_torch.ipynb" else "mean IoU"
+    assert expected in printed

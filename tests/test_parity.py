@@ -1,0 +1,87 @@
+"""The parity report: that it passes, and that it would not pass anything."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from dilaff_jax import losses, propagate
+from dilaff_jax.interop import parity, parity_method, report, torch_models
+
+
+@pytest.mark.slow
+def test_the_command_finds_deeplabv3_resnet50_equal_to_torchvisions():
+    command = [sys.executable, "-m", "dilaff_jax.interop.parity", "--size", "65x65"]
+    done = subprocess.run(
+        [*command, "--model", "deeplabv3_resnet50"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "42,004,074" in done.stdout
+    assert " 0 beyond their bound" in done.stdout
+    for kind in ("eval stage: 141", "eval gradient: 187", "train output: 2", "losses: 10"):
+        assert kind in done.stdout
+
+
+@pytest.mark.slow
+def test_fcn_resnet50_is_equal_to_torchvisions(capsys):
+    assert parity.main(["--model", "fcn_resnet50", "--size", "65x65"]) == 0
+    assert "35,322,218" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_encoders_are_equal_to_torchvisions(name):
+    rows = parity.network_rows(name, (33, 49), batch=4, seed=0)
+    assert all(r.passed for r in rows), [r for r in rows if not r.passed]
+
+
+def test_another_dilation_fails_the_report(monkeypatch, capsys):
+    """The same weights in a network that differs in one thing only."""
+    honest = torch_models.pair
+
+    def pair(name, seed):
+        ours, theirs = honest(name, seed)
+        return ours.clone(encoder=ours.encoder.clone(multi_grid=(1, 2))), theirs
+
+    monkeypatch.setattr(torch_models, "pair", pair)
+    assert parity.main(["--model", "resnet18", "--size", "33x33"]) == 1
+    out = capsys.readouterr().out
+    assert "layer4.1.conv2" in out
+    assert "BEYOND" in out
+
+
+def test_a_layer_without_comparison_fails_the_report(monkeypatch):
+    honest = parity._stages
+
+    def stages(model, intermediates):
+        found = honest(model, intermediates)
+        del found["layer2.0.bn1"]
+        return found
+
+    monkeypatch.setattr(parity, "_stages", stages)
+    with pytest.raises(ValueError, match=r"one side only: \['layer2\.0\.bn1'\]"):
+        parity.network_rows("resnet18", (33, 33), batch=2, seed=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_targets_propagation_and_losses_equal_plain_torch(seed):
+    rows = parity_method.rows(seed)
+    assert len(rows) == 28
+    assert all(r.passed for r in rows), [r for r in rows if not r.passed]
+
+
+def test_another_formula_fails_the_report(monkeypatch):
+    walk, loss = propagate.random_walk, losses.affinity_bce
+    monkeypatch.setattr(
+        propagate, "random_walk", lambda *a, **k: walk(*a, **(k | {"sharpness": 4.1}))
+    )
+    monkeypatch.setattr(losses, "affinity_bce", lambda x, t, v, n: loss(x, t, t | True, n))
+    failed = {r.name for r in parity_method.rows(0) if not r.passed}
+    assert failed == {"random_walk", "affinity_bce"}
+
+
+def test_nan_is_beyond_every_bound():
+    row = report.compare("stage", "x", np.array([np.nan]), np.array([1.0]), 1e9)
+    assert not row.passed

@@ -1,0 +1,255 @@
+"""The training step: the same numbers however it is mapped, and a fault that stops everything."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import default
+from dilaff_jax import affinity, losses, optim, parallel, resize, step
+from dilaff_jax.models import segmenter
+from tests import tiny
+
+CLASSES = 4
+
+
+def make_config(**model):
+    config = tiny.model_config(default.get_config(), **model)
+    config.batch_size = 8
+    config.log_every = 3
+    return config
+
+
+def make_batch(seed=0, rows=8):
+    """Random images; most labels of the first rows are ignored, so devices count unevenly."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, CLASSES, (rows, 32, 32)).astype(np.uint8)
+    label[:5, :28] = 255
+    label[0] = 255
+    return {"image": rng.integers(0, 256, (rows, 32, 32, 3)).astype(np.uint8), "label": label}
+
+
+def make(config, axis_name=parallel.AXIS):
+    model = segmenter.build(config.model, CLASSES, axis_name=axis_name)
+    tx, _ = optim.optimiser(config.optim, 100)
+    return model, step.TrainStep(config, model, CLASSES, tx)
+
+
+@functools.cache
+def programs(config, mode, count):
+    """Devices, initial state and step; `config` is frozen, so that tests share what is compiled."""
+    _, train_step = make(config)
+    devices = parallel.Devices(mode, count)
+    state = devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3)))
+    return devices, state, devices.map(train_step, out="replicated")
+
+
+def run(config, mode="pmap", count=1, steps=3, batches=None):
+    """The state after some steps."""
+    devices, state, program = programs(ml_collections.FrozenConfigDict(config), mode, count)
+    for i in range(steps):
+        state = program(state, devices.shard(batches[i] if batches else make_batch(i)))
+    return jax.device_get(state)
+
+
+def assert_same(a, b, tolerance=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(make_config())
+
+
+@pytest.mark.parametrize(
+    ("mode", "count"), [("pmap", 2), ("pmap", 4), ("shard_map", 1), ("shard_map", 4)]
+)
+def test_all_mappings_and_numbers_of_devices_give_the_same_state(mode, count, one_device):
+    """With uneven ignore masks, synchronised BatchNorm, dropout and both losses."""
+    assert_same(run(make_config(), mode, count), one_device)
+
+
+@pytest.mark.parametrize("loss", ["ohem", "focal", "loss_max_pooling"])
+def test_the_parts_of_every_loss_add_over_devices(loss):
+    config = make_config(aux=True)
+    config.loss.segmentation = loss
+    config.loss.affinity_loss = {"loss_max_pooling": "max_pooling"}.get(loss, loss)
+    config.loss.aaf = 0.1
+    config.loss.refined = 0.5
+    objective = step.Objective(config, make(config)[0])
+    rng = np.random.default_rng(0)
+    sizes = {
+        "logits": (4, 4, CLASSES),
+        "affinity_logits": (8, 8, 16),
+        "aux_logits": (4, 4, CLASSES),
+    }
+    outputs = {k: rng.normal(size=(8, *s)).astype(np.float32) for k, s in sizes.items()}
+    labels = make_batch()["label"]
+    whole = objective(outputs, labels)
+    assert set(whole) == {"segmentation", "auxiliary", "affinity", "aaf", "refined"}
+    each = [
+        objective({k: v[i : i + 2] for k, v in outputs.items()}, labels[i : i + 2])
+        for i in (0, 2, 4, 6)
+    ]
+    for name, parts in whole.items():
+        added = functools.reduce(lambda a, b: a + b, [found[name] for found in each])
+        np.testing.assert_allclose(added.sum, parts.sum, rtol=2e-5)
+        np.testing.assert_allclose(added.count, parts.count, rtol=2e-5)
+
+
+def test_a_loss_is_the_global_sum_over_the_global_count():
+    """By hand: the mean over devices of their means is another number here."""
+    config = make_config()
+    batch = make_batch()
+    model, _ = make(config, axis_name=None)
+    devices, state, program = programs(ml_collections.FrozenConfigDict(config), "pmap", 4)
+    # Decided logits, so that pixels differ in their loss.
+    params = jax.tree.map(jnp.array, state.params)
+    params["decoder"]["logits"]["kernel"] *= 300
+    state = devices.replicate(state.replace(params=params))
+    outputs, _ = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        batch["image"],
+        rngs={"dropout": jax.random.fold_in(jax.random.key(config.seed), 0)},
+    )
+    logits = resize.bilinear(outputs["logits"], (32, 32))
+    valid = batch["label"] != 255
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    own = np.take_along_axis(log_p, np.where(valid, batch["label"], 0)[..., None], -1)[..., 0]
+    expected = -(own * valid).sum() / valid.sum()
+    found = program(state, devices.shard(batch)).window.losses
+    np.testing.assert_allclose(found["segmentation"], expected, rtol=1e-4)
+    per_device = [
+        -(own * valid)[i : i + 2].sum() / max(1, valid[i : i + 2].sum()) for i in (0, 2, 4, 6)
+    ]
+    assert abs(np.mean(per_device) - expected) > 0.01 * expected
+    coarse = affinity.downsample_labels(batch["label"], outputs["affinity_logits"].shape[1:3])
+    target, edge_valid = affinity.targets(coarse, model.offsets)
+    balanced = losses.affinity_balanced(outputs["affinity_logits"], target, edge_valid, 2)
+    np.testing.assert_allclose(found["affinity"], losses.finish(balanced), rtol=1e-5)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
+    config = make_config(norm="group", decoder_options={"dropout": 0.0})
+    whole = run(config, count=2)
+    config.optim.accumulate = 4
+    parts = run(config, count=2)
+    assert_same(parts.params, whole.params, 1e-6)
+    np.testing.assert_array_equal(parts.window.confusion, whole.window.confusion)
+
+
+def test_accumulation_refuses_a_loss_that_mines():
+    config = make_config()
+    config.optim.accumulate = 2
+    config.loss.segmentation = "ohem"
+    with pytest.raises(ValueError, match=r"optim.accumulate is 2 .* mines by the predictions"):
+        make(config)
+
+
+def test_the_moving_average_follows_the_parameters():
+    config = make_config()
+    config.optim.ema = 0.9
+    states = [run(config, steps=n) for n in (0, 1, 2)]
+    average = states[0].params
+    for state in states[1:]:
+        average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, state.params)
+    assert_same(states[2].average["params"], average)
+    assert states[2].evaluated["params"] is states[2].average["params"]
+
+
+def test_the_window_sums_since_the_last_report():
+    losses_of = [run(make_config(), steps=n).window for n in (1, 2, 3, 4)]
+    assert [int(w.steps) for w in losses_of] == [1, 2, 3, 1]
+    valid = [(make_batch(i)["label"][:, 4::8, 4::8] != 255).sum() for i in range(4)]
+    assert [int(w.confusion.sum()) for w in losses_of] == [*np.cumsum(valid[:3]), valid[3]]
+
+
+def test_the_plain_baseline_has_no_affinity_term():
+    config = make_config(affinity=None)
+    config.loss.affinity = 0.0
+    assert set(run(config, steps=1).window.losses) == {"total", "segmentation"}
+
+
+def test_soft_targets_and_auxiliary_head_enter_the_total():
+    config = make_config(aux=True)
+    config.loss.soft_targets = True
+    window = run(config, steps=1).window
+    weights = {"segmentation": 1.0, "auxiliary": 0.4, "affinity": 1.0}
+    assert set(window.losses) == {"total", *weights}
+    total = sum(w * window.losses[k] for k, w in weights.items())
+    np.testing.assert_allclose(window.losses["total"], total, rtol=1e-6)
+
+
+def poison(state, where):
+    params = jax.tree.map(jnp.array, state.params)
+    params["encoder"]["conv0"]["conv"]["kernel"] *= where
+    return state.replace(params=params)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
+    config = make_config()
+    config.optim.ema = 0.5
+    devices, state, program = programs(ml_collections.FrozenConfigDict(config), "pmap", 2)
+    state = program(state, devices.shard(make_batch()))
+    broken = {**make_batch(1), "image": make_batch(1)["image"].astype(np.float32)}
+    broken["image"][3, 5, 5, 0] = np.inf
+    after = program(state, devices.shard(broken))
+    later = program(after, devices.shard(make_batch(2)))
+    for name in ("params", "batch_stats", "opt_state", "average", "window"):
+        for found in (after, later):
+            for x, y in zip(
+                jax.tree.leaves(getattr(found, name)),
+                jax.tree.leaves(getattr(state, name)),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(x, y)
+    message = step.fault_message(jax.device_get(later.fault))
+    assert message.startswith("step 2: NaN or infinity, first in: image")
+    assert step.fault_message(jax.device_get(state.fault)) is None
+
+
+def test_a_parameter_that_is_not_finite_is_named_as_the_source():
+    frozen = ml_collections.FrozenConfigDict(make_config())
+    devices, state, program = programs(frozen, "pmap", 1)
+    state = program(devices.replicate(poison(state, np.nan)), devices.shard(make_batch()))
+    assert "first in: parameters" in step.fault_message(jax.device_get(state.fault))
+
+
+@pytest.mark.parametrize(
+    ("loss", "model", "message"),
+    [
+        ({"segmentation": "dice"}, {}, "loss.segmentation is 'dice'; allowed: cross_entropy, ohem"),
+        ({"affinity_loss": "hinge"}, {}, "loss.affinity_loss is 'hinge'; allowed: balanced"),
+        ({"affinity": -1.0}, {}, "loss.affinity is -1.0; expected 0 or more"),
+        ({}, {"affinity": None}, r"need an affinity head: set model\.affinity"),
+    ],
+)
+def test_bad_loss_options_are_refused(loss, model, message):
+    config = make_config(**model)
+    config.loss.update(loss)
+    with pytest.raises(ValueError, match=message):
+        make(config)
+
+
+def test_more_devices_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"parallel.devices is 9; this process has 4 devices"):
+        parallel.Devices("pmap", 9)
+    with pytest.raises(ValueError, match=r"parallel\.mode is 'jit'"):
+        parallel.Devices("jit")
+    with pytest.raises(ValueError, match="batch_size is 6; 4 devices need a multiple of 4"):
+        parallel.Devices("pmap", 4).per_process(6)
+    with pytest.raises(ValueError, match="image has 3 rows; 2 local devices need a multiple"):
+        parallel.Devices("pmap", 2).shard({"image": np.zeros((3, 1))})
+
+
+def test_local_rows_come_back_in_the_order_of_the_batch():
+    rows = np.arange(8.0).reshape(8, 1)
+    for mode in ("pmap", "shard_map"):
+        devices = parallel.Devices(mode, 4)
+        program = devices.map(lambda s, b: b["x"] + s, out="sharded")
+        found = program(devices.replicate(jnp.ones(())), devices.shard({"x": rows}))
+        np.testing.assert_array_equal(devices.local_rows(found), rows + 1)

@@ -1,0 +1,410 @@
+"""Whole runs: evaluation, resuming after kills, several processes, overfitting, init, configs."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dilaff_jax import checkpoint, evaluate, metrics, parallel, record, step, train
+from dilaff_jax.data import datasets, prepare
+from dilaff_jax.models import segmenter
+from tests import conftest, data_files, tiny_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return data_files.tiny_shapes(tmp_path_factory.mktemp("data"), train=10, validation=7)
+
+
+def make_config(data_dir, **changes):
+    config = tiny_config.get_config()
+    config.data.data_dir = str(data_dir)
+    config.update(changes)
+    return config
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(workdir, at):
+    """All arrays of a checkpoint, read without the project's code."""
+    tree = ocp.StandardCheckpointer().restore(
+        (workdir / "checkpoints" / str(at) / "state").resolve()
+    )
+    return {
+        jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_bit_identical(a, b, at=6):
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    first, second = saved(a, at), saved(b, at)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.tobytes() == second[name].tobytes(), name
+    results = [(d / "evaluation" / str(at) / "results.json").read_bytes() for d in (a, b)]
+    assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data_dir, tmp_path_factory):
+    """A run from start to end, in this process."""
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    results = train.train_and_evaluate(make_config(data_dir), workdir)
+    return workdir, results
+
+
+def test_a_run_leaves_metrics_checkpoints_results_and_pictures(unbroken):
+    workdir, results = unbroken
+    found = lines(workdir)
+    assert [line["step"] for line in found] == [2, 4, 4, 6, 6]
+    assert all(np.isfinite(v) for line in found for v in line.values())
+    assert {"train/loss", "train/miou", "train/learning_rate"} <= found[0].keys()
+    assert found[-1]["eval/refined/miou"] == results.scalars["refined/miou"]
+    assert found[-1]["eval/images"] == 7
+    assert json.loads((workdir / "config.json").read_text())["num_steps"] == 6
+    assert json.loads((workdir / "classes.json").read_text())["names"][0] == "background"
+    assert list((workdir / "tensorboard").glob("events.*"))
+    picture = cv2.imread(str(next((workdir / "evaluation" / "6" / "pictures").glob("*.png"))))
+    assert picture.shape == (32 + 18, 5 * 32, 3)
+    assert "mean IoU" in results.table
+    kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+    assert {4, 6} <= kept
+
+
+def test_a_run_is_recorded_with_what_made_it(unbroken, tmp_path, capsys):
+    workdir, results = unbroken
+    file = tmp_path / "results" / "run.json"
+    assert record.main([str(workdir), str(file)]) == 0
+    kept = json.loads(file.read_text())
+    assert kept["config"]["seed"] == 0
+    assert [start["step"] for start in kept["starts"]] == [0]
+    assert kept["starts"][0]["versions"]["jax"] == jax.__version__
+    assert [line["step"] for line in kept["curve"]] == [2, 4, 4, 6, 6]
+    assert kept["results"] == {k: round(v, 6) for k, v in results.scalars.items()}
+    assert kept["results"]["plain/iou/background"] > 0
+    assert kept["table"] == results.table
+
+
+def test_no_record_without_an_evaluation(tmp_path):
+    with pytest.raises(SystemExit, match="holds no evaluation"):
+        record.main([str(tmp_path), str(tmp_path / "run.json")])
+
+
+def test_evaluating_again_gives_what_the_run_saw(unbroken, data_dir, capsys):
+    workdir, results = unbroken
+    again = evaluate.evaluate_run(make_config(data_dir), workdir)
+    assert again.step in (4, 6)
+    assert "boundary F" in capsys.readouterr().out
+    if again.step == 6:
+        assert again.scalars == results.scalars
+
+
+def test_a_finished_run_started_again_changes_nothing(unbroken, data_dir, tmp_path):
+    workdir, results = unbroken
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    again = train.train_and_evaluate(make_config(data_dir), copy)
+    assert again.scalars == results.scalars
+    assert_bit_identical(workdir, copy)
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5])
+def test_a_run_that_dies_after_any_step_resumes_bit_identical(
+    at, unbroken, data_dir, tmp_path, monkeypatch
+):
+    """Dies without any chance to save; steps 1 and 3 lie between checkpoints."""
+    advance = train.reporting.Reporter.advance
+
+    def die(self, rows):
+        advance(self, rows)
+        if self._bar.n == at:
+            raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.reporting.Reporter, "advance", die)
+        with pytest.raises(_Killed):
+            train.train_and_evaluate(make_config(data_dir), tmp_path)
+    train.train_and_evaluate(make_config(data_dir), tmp_path)
+    assert_bit_identical(unbroken[0], tmp_path)
+
+
+def command(data_dir, workdir, *options):
+    return [
+        sys.executable, "-m", "dilaff_jax.main", "--config=tests/tiny_config.py",
+        f"--workdir={workdir}", f"--config.data.data_dir={data_dir}", *options,
+    ]  # fmt: skip
+
+
+def start(data_dir, workdir, *options, devices=4, **env):
+    """A process of its own, as a user starts it."""
+    workdir.mkdir(exist_ok=True)
+    if not (workdir / "compilation_cache").exists():
+        conftest.COMPILED.mkdir(parents=True, exist_ok=True)
+        (workdir / "compilation_cache").symlink_to(conftest.COMPILED)
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        command(data_dir, workdir, *options),
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_saves_resumes_bit_identical(unbroken, data_dir, tmp_path):
+    """SIGKILL the moment a checkpoint is being written, twice, then let it end."""
+    for at in (2, 4):
+        process = start(data_dir, tmp_path)
+        deadline = time.time() + 240
+        while not list(tmp_path.glob(f"checkpoints/{at}*")):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.time() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert "first step after" in finish(start(data_dir, tmp_path))
+    assert_bit_identical(unbroken[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_under_way_and_the_run_goes_on(unbroken, data_dir, tmp_path):
+    process = start(
+        data_dir, tmp_path, "--config.checkpoint_every=100", "--config.num_steps=100000"
+    )
+    while not (tmp_path / "metrics.jsonl").exists() or not lines(tmp_path):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 143)
+    at = int(re.search(r"step (\d+) is saved", output).group(1))
+    assert (tmp_path / "checkpoints" / str(at) / "state").is_dir()
+    assert lines(tmp_path)[-1]["step"] <= at
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_are_one_of_four_and_one_device(
+    unbroken, data_dir, cache, tmp_path
+):
+    """Same losses, same evaluation, by pmap and by shard_map."""
+    port = parallel_port()
+    common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    for mode in ("pmap", "shard_map"):
+        workdir = tmp_path / mode
+        options = (f"--config.parallel.mode={mode}",)
+        pair = [
+            start(data_dir, workdir, *options, devices=2, JAX_PROCESS_ID=str(i), **common)
+            for i in (0, 1)
+        ]
+        for process in pair:
+            finish(process)
+        assert_same_numbers(lines(workdir), lines(unbroken[0]))
+
+
+def parallel_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def assert_same_numbers(found, expected):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            # Figures of few pixels jump where one of them changes class by rounding.
+            tolerance = 1e-5 if "loss" in key or "norm" in key else 2e-3
+            assert a[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
+
+
+@pytest.mark.parametrize(("mode", "devices"), [("pmap", 1), ("shard_map", 4)])
+def test_other_devices_give_the_same_run(mode, devices, unbroken, data_dir, tmp_path):
+    config = make_config(data_dir)
+    config.parallel.update({"mode": mode, "devices": devices})
+    train.train_and_evaluate(config, tmp_path)
+    assert_same_numbers(lines(tmp_path), lines(unbroken[0]))
+
+
+def test_a_run_of_four_devices_goes_on_with_one(unbroken, data_dir, tmp_path):
+    workdir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    config = make_config(data_dir)
+    config.parallel.devices = 1
+    train.train_and_evaluate(config, workdir)
+    assert_same_numbers(lines(workdir), lines(unbroken[0]))
+
+
+@pytest.fixture(scope="module")
+def trained(unbroken, data_dir):
+    """Model and variables to evaluate."""
+    config = make_config(data_dir)
+    source = datasets.load(config.data, "validation")
+    model = segmenter.build(step.model_config(config), source.num_classes, axis_name=parallel.AXIS)
+    like = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+    )
+    _, variables = checkpoint.read_variables(unbroken[0], like)
+    return model, variables, source
+
+
+def evaluation(data_dir, trained, workdir, batch_size, devices, **changes):
+    config = make_config(data_dir)
+    config.eval.update({"batch_size": batch_size, **changes})
+    on = parallel.Devices("pmap", devices)
+    return evaluate.Evaluation(config, trained[0], on, workdir)(trained[1], 1)
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(3, 1), (8, 1), (4, 2), (8, 4)])
+def test_evaluation_counts_every_image_once_whatever_the_batch(
+    batch_size, devices, data_dir, trained, tmp_path
+):
+    one = evaluation(data_dir, trained, tmp_path / "a", 1, 1)
+    other = evaluation(data_dir, trained, tmp_path / "b", batch_size, devices)
+    assert other.scalars == one.scalars
+
+
+def test_predictions_are_index_pngs_from_which_the_metrics_follow(data_dir, trained, tmp_path):
+    results = evaluation(data_dir, trained, tmp_path, 4, 4, predictions=True)
+    source = trained[2]
+    for variant in ("plain", "refined"):
+        counts = np.zeros((source.num_classes,) * 2, np.int64)
+        for i, name in enumerate(source.names):
+            path = tmp_path / "evaluation" / "1" / "predictions" / variant / f"{name}.png"
+            predicted = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            assert predicted.shape == (32, 32)
+            counts += np.asarray(
+                metrics.confusion(predicted, source[i]["label"], source.num_classes)
+            )
+        expected = metrics.segmentation_summary(counts)["miou"]
+        assert results.scalars[f"{variant}/miou"] == pytest.approx(expected)
+
+
+def easy_images(root):
+    """Four images of coloured, noisy regions with straight and round borders, three classes."""
+    rng = np.random.default_rng(0)
+    colors = np.array([[60, 60, 60], [200, 80, 60], [70, 90, 210]])
+    for i in range(4):
+        label = np.zeros((64, 64), np.uint8)
+        cv2.circle(label, tuple(map(int, rng.integers(16, 48, 2))), 14, 1, -1)
+        cv2.rectangle(label, (0, 0), tuple(map(int, rng.integers(16, 32, 2))), 2, -1)
+        noise = rng.integers(-50, 50, (64, 64, 3))
+        data_files.save(
+            (colors[label] + noise).clip(0, 255).astype(np.uint8),
+            root / "train" / "images" / f"{i}.png",
+        )
+        data_files.save_palette(label, root / "train" / "labels" / f"{i}.png")
+    (root / "classes.txt").write_text("background\ndisc\nbox\n")
+    return root
+
+
+@pytest.mark.slow
+def test_four_images_are_learned_by_heart(tmp_path):
+    """More than 95 % mIoU on the images trained on: data, model, loss and step fit together."""
+    prepare.prepare("image_folder/easy", tmp_path / "data", easy_images(tmp_path / "source"))
+    config = make_config(
+        tmp_path / "data", num_steps=80, log_every=40, eval_every=80, checkpoint_every=80
+    )
+    config.model.update({"encoder": "resnet18", "decoder": "unet", "output_stride": 32})
+    config.model.decoder_options = {"widths": (32, 32, 32, 32), "dropout": 0.0}
+    config.data.update(
+        {"dataset": "image_folder/easy", "eval_split": "train", "crop_size": (64, 64)}
+    )
+    config.data.update({"scale_range": (1.0, 1.0), "photometric": False, "cat_max_ratio": 1.0})
+    config.optim.update({"name": "adamw", "learning_rate": 2e-3, "weight_decay": 0.0, "ema": 0.0})
+    config.parallel.devices = 1
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    assert results.scalars["plain/miou"] > 0.95
+    assert results.scalars["affinity/mean/average_precision"] > 0.5
+
+
+def test_a_run_can_start_from_another_runs_weights(unbroken, data_dir, tmp_path):
+    config = make_config(data_dir, num_steps=1)
+    config.init.workdir = str(unbroken[0])
+    config.optim.update({"learning_rate": 0.0, "ema": 0.0})
+    train.train_and_evaluate(config, tmp_path)
+    first, second = saved(tmp_path, 1), saved(unbroken[0], checkpoint_step(unbroken[0]))
+    key = "['params']['encoder']['conv0']['conv']['kernel']"
+    np.testing.assert_array_equal(first[key], second["['average']" + key])
+
+
+def checkpoint_step(workdir):
+    """The step whose refined mIoU was highest."""
+    scores = {
+        line["step"]: line["eval/refined/miou"] for line in lines(workdir) if "eval/images" in line
+    }
+    return max(scores, key=lambda s: (scores[s], s))
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(unbroken, data_dir):
+    config = make_config(data_dir)
+    config.model.affinity.width = 16
+    with pytest.raises(
+        ValueError, match=r"was written by another model; \d+ parameters differ:\n  affinity_head"
+    ):
+        train.train_and_evaluate(config, unbroken[0])
+
+
+# Orbax leaves the other reads of a failed restore to the garbage collector, which complains.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(unbroken, data_dir, tmp_path):
+    workdir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    for path in (workdir / "checkpoints" / "6" / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train.train_and_evaluate(make_config(data_dir), workdir)
+    assert (workdir / "checkpoints" / "6.unreadable").is_dir()
+    assert_bit_identical(unbroken[0], workdir)
+
+
+def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(data_dir, tmp_path):
+    config = make_config(data_dir)
+    config.optim.learning_rate = 1e30
+    with pytest.raises(FloatingPointError, match=r"step \d: NaN or infinity, first in: "):
+        train.train_and_evaluate(config, tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert all(np.isfinite(v).all() for v in saved(tmp_path, int(path.name)).values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_steps", 0, "config.num_steps is 0"),
+        ("batch_size", -4, "config.batch_size is -4"),
+        ("batch_size", 6, "batch_size is 6; 4 devices need a multiple of 4"),
+        ("keep_latest", 0, "config.keep_latest is 0"),
+    ],
+)
+def test_bad_numbers_are_refused_before_anything_is_written(
+    key, value, message, data_dir, tmp_path
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.train_and_evaluate(make_config(data_dir, **{key: value}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
