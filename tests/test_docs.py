@@ -130,7 +130,10 @@ def test_the_code_of_the_readme_is_that_of_the_method_page():
 def own_files(tmp_path, monkeypatch):
     """The files of docs/extend.md, importable; the data set as if it lay in the package."""
     for title, code in code_blocks("docs/extend.md"):
-        (tmp_path / pathlib.Path(title).name).write_text(code)
+        file = tmp_path / pathlib.Path(title).name
+        file.write_text(code)
+        # Another test may have imported a file of the same name.
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(dilaff_jax.data, "__path__", [*dilaff_jax.data.__path__, str(tmp_path)])
     return tmp_path

@@ -417,14 +417,14 @@ def test_on_one_grid_the_result_is_the_refined_probabilities():
 
 
 def test_an_operator_of_ones_own_is_one_function_in_one_file(tmp_path, monkeypatch):
-    (tmp_path / "my_operator.py").write_text(
+    (tmp_path / "sharpening.py").write_text(
         "def sharpen(probs, affinity_logits, offsets, *, power, bias=0.0):\n"
         "    powered = probs**power\n"
         "    return powered / powered.sum(axis=-1, keepdims=True)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     probs, logits, offsets = problem(13)
-    refined = propagate.operator("my_operator:sharpen", power=2)(probs, logits, offsets)
+    refined = propagate.operator("sharpening:sharpen", power=2)(probs, logits, offsets)
     np.testing.assert_allclose(refined, probs**2 / (probs**2).sum(-1, keepdims=True), rtol=1e-6)
 
 
