@@ -7,7 +7,8 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import ml_collections
@@ -75,7 +76,7 @@ def train_and_evaluate(
     if restored is not None:
         reporter.say(f"resumed at step {begin} of {config.num_steps}")
     reporter.say(reporting.parameter_table(state.params))
-    mapped = devices.map(train_step, out="replicated", donate=True)
+    mapped = devices.map(_with_token(train_step), out="replicated", donate=True)
     started = time.perf_counter()
     example = {
         "image": np.zeros((rows, *config.data.crop_size, 3), np.uint8),
@@ -94,6 +95,7 @@ def train_and_evaluate(
 
     # 3. The steps.
     results = evaluate.read_results(workdir, begin)
+    running = None
     with (
         contextlib.closing(batches),
         contextlib.closing(checkpoints),
@@ -103,9 +105,13 @@ def train_and_evaluate(
         for at in range(begin + 1, config.num_steps + 1):
             last = at == config.num_steps
             _profile(config.profile_steps, at, workdir)
-            state = program(state, next(batches))
+            state, token = program(state, next(batches))
+            # One step waits on the device while one runs, no more: a signal, a fault or a bar that
+            # is many dispatched steps ahead of the device tells nothing.
+            jax.block_until_ready(running)
+            running = token
             if at == begin + 1:
-                jax.block_until_ready(state.step)
+                jax.block_until_ready(token)
                 reporter.say(f"first step after {time.perf_counter() - entered:.1f} s")
             reporter.advance(config.batch_size)
 
@@ -186,6 +192,16 @@ def _train_metrics(window: step.Window, schedule: optax.Schedule, at: int) -> di
         | {"train/miou": iou["miou"], "train/learning_rate": float(schedule(at - 1))}
         | norms
     )
+
+
+def _with_token(train_step: step.TrainStep) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
+    """The step, and a copy of its number that can be waited for once the state is given away."""
+
+    def advance(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        state = train_step(state, batch)
+        return state, state.step
+
+    return advance
 
 
 @contextlib.contextmanager
