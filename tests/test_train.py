@@ -1,64 +1,29 @@
 """Whole runs: evaluation, resuming after kills, several processes, overfitting, init, configs."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import struct
 import time
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from tensorboardX.proto import event_pb2
 
 from dilaff_jax import checkpoint, evaluate, metrics, parallel, record, step, train
 from dilaff_jax.data import datasets, prepare
 from dilaff_jax.models import segmenter
-from tests import conftest, data_files, tiny_config
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests import data_files
+from tests.running import assert_bit_identical, finish, lines, make_config, pair, saved, start
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return data_files.tiny_shapes(tmp_path_factory.mktemp("data"), train=10, validation=7)
-
-
-def make_config(data_dir, **changes):
-    config = tiny_config.get_config()
-    config.data.data_dir = str(data_dir)
-    config.update(changes)
-    return config
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def saved(workdir, at):
-    """All arrays of a checkpoint, read without the project's code."""
-    tree = ocp.StandardCheckpointer().restore(
-        (workdir / "checkpoints" / str(at) / "state").resolve()
-    )
-    return {
-        jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def assert_bit_identical(a, b, at=6):
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
-    first, second = saved(a, at), saved(b, at)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert value.tobytes() == second[name].tobytes(), name
-    results = [(d / "evaluation" / str(at) / "results.json").read_bytes() for d in (a, b)]
-    assert results[0] == results[1]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +88,57 @@ def test_a_finished_run_started_again_changes_nothing(unbroken, data_dir, tmp_pa
     assert_bit_identical(workdir, copy)
 
 
+@pytest.fixture(scope="module")
+def everything(data_dir, tmp_path_factory):
+    """A run with what the others leave off."""
+    workdir = tmp_path_factory.mktemp("runs") / "everything"
+    config = make_config(data_dir, num_steps=4, profile_steps=(2, 3))
+    config.model.dtype = "bfloat16"
+    config.optim.accumulate = 2
+    config.batch_size = 8
+    with config.ignore_type():
+        config.inference.window = (32, 24)
+    config.inference.update({"scales": (1.0, 0.75), "flip": True})
+    config.loss.refined = 0.5
+    return workdir, train.train_and_evaluate(config, workdir)
+
+
+def events(workdir):
+    """The event files' summaries, by tag: length, its checksum, the message, its checksum."""
+    found = {}
+    for path in (workdir / "tensorboard").glob("events.*"):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            found.update({value.tag: value for value in event.summary.value})
+            at += size + 16
+    return found
+
+
+def test_all_options_work_together(everything):
+    workdir, results = everything
+    assert all(np.isfinite(v) for line in lines(workdir) for v in line.values())
+    assert {"train/refined_loss", "train/affinity_loss"} <= lines(workdir)[0].keys()
+    assert results.scalars["images"] == 7
+    # One trace of the profiler, of the steps asked for.
+    [trace] = (workdir / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+
+
+def test_tensorboard_gets_scalars_and_pictures(everything):
+    workdir, results = everything
+    found = events(workdir)
+    assert found["eval/refined/miou"].simple_value == pytest.approx(
+        results.scalars["refined/miou"], rel=1e-6
+    )
+    assert found["time/images_per_second"].simple_value > 0
+    [picture] = [value.image for tag, value in found.items() if value.HasField("image")]
+    shown = cv2.imdecode(np.frombuffer(picture.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+    kept = cv2.imread(str(next((workdir / "evaluation" / "4" / "pictures").glob("*.png"))))
+    np.testing.assert_array_equal(shown, kept)
+
+
 class _Killed(BaseException):
     pass
 
@@ -145,36 +161,6 @@ def test_a_run_that_dies_after_any_step_resumes_bit_identical(
             train.train_and_evaluate(make_config(data_dir), tmp_path)
     train.train_and_evaluate(make_config(data_dir), tmp_path)
     assert_bit_identical(unbroken[0], tmp_path)
-
-
-def command(data_dir, workdir, *options):
-    return [
-        sys.executable, "-m", "dilaff_jax.main", "--config=tests/tiny_config.py",
-        f"--workdir={workdir}", f"--config.data.data_dir={data_dir}", *options,
-    ]  # fmt: skip
-
-
-def start(data_dir, workdir, *options, devices=4, **env):
-    """A process of its own, as a user starts it."""
-    workdir.mkdir(exist_ok=True)
-    if not (workdir / "compilation_cache").exists():
-        conftest.COMPILED.mkdir(parents=True, exist_ok=True)
-        (workdir / "compilation_cache").symlink_to(conftest.COMPILED)
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        command(data_dir, workdir, *options),
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process, code=0):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
 
 
 @pytest.mark.slow
@@ -213,26 +199,11 @@ def test_two_processes_of_two_devices_are_one_of_four_and_one_device(
     unbroken, data_dir, cache, tmp_path
 ):
     """Same losses, same evaluation, by pmap and by shard_map."""
-    port = parallel_port()
-    common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     for mode in ("pmap", "shard_map"):
         workdir = tmp_path / mode
-        options = (f"--config.parallel.mode={mode}",)
-        pair = [
-            start(data_dir, workdir, *options, devices=2, JAX_PROCESS_ID=str(i), **common)
-            for i in (0, 1)
-        ]
-        for process in pair:
+        for process in pair(data_dir, workdir, f"--config.parallel.mode={mode}"):
             finish(process)
         assert_same_numbers(lines(workdir), lines(unbroken[0]))
-
-
-def parallel_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def assert_same_numbers(found, expected):
