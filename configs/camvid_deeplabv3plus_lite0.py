@@ -17,7 +17,7 @@ from configs import default
 # sqrt(median frequency / frequency) in the training split (median frequency balancing, Eigen and
 # Fergus 2015, https://arxiv.org/abs/1411.4734; the root, which spares precision, is our choice):
 # sky, building, pole, road, pavement, tree, sign_symbol, fence, car, pedestrian, bicyclist.
-CLASS_WEIGHTS = (0.52, 0.44, 2.14, 0.38, 1.0, 0.68, 1.96, 2.0, 0.87, 2.64, 3.95)
+CLASS_WEIGHTS = (0.52, 0.44, 2.14, 0.38, 1.0, 0.68, 1.96, 2.0, 0.87, 2.65, 3.92)
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.optim.update({"name": "adamw", "learning_rate": 1e-3, "weight_decay": 1e-2})
     config.optim.update({"schedule": "poly", "warmup_steps": 50, "clip_norm": 1.0})
+    config.optim.head_multiplier = 5.0
     config.log_every = 30
     config.eval_every = 300
     config.checkpoint_every = 100

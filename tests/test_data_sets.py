@@ -13,6 +13,7 @@ import scipy.io
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from configs import camvid_deeplabv3plus_lite0
 from dilaff_jax.data import (
     builder,
     camvid,
@@ -140,6 +141,8 @@ def test_real_camvid_is_read_exactly(real_data, tmp_path):
     share = 100 * train.class_pixels / train.class_pixels.sum()
     want = [17.5, 24.2, 1.0, 33.0, 4.7, 10.1, 1.2, 1.2, 6.1, 0.7, 0.3]
     np.testing.assert_allclose(share, want, atol=0.06)
+    weights = np.sqrt(np.median(share) / share)
+    np.testing.assert_allclose(camvid_deeplabv3plus_lite0.CLASS_WEIGHTS, weights, atol=0.0051)
 
 
 def test_real_labelmefacade_is_an_image_folder(real_data, tmp_path):
