@@ -2,10 +2,12 @@
 
 import pathlib
 import sys
+import traceback
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import ml_collections
-from absl import flags
+from absl import app, flags
 
 if TYPE_CHECKING:
     from dilaff_jax.predictor import Predictor
@@ -40,6 +42,33 @@ RESIZE = flags.DEFINE_float(
     "resize", None, "predict: factor by which images are scaled first; by default the training's."
 )
 PORT = flags.DEFINE_integer("port", 8080, "view: of the local page.")
+
+
+def parser(config: flags.FlagHolder) -> Callable[[Sequence[str]], list[str]]:
+    """The parser of absl, whose traceback ends in one line where `config`, --config, is wrong.
+
+    An error that a config file raises itself keeps its traceback.
+    """
+
+    def parse(arguments: Sequence[str]) -> list[str]:
+        try:
+            rest = app.parse_flags_with_usage(list(arguments))
+            getattr(config.value, "seed", None)  # a file that is missing shows when it is used
+        except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if "ml_collections" not in pathlib.Path(frame.f_code.co_filename).parts:
+                raise
+            first, *hints = str(error.args[0] if error.args else error).splitlines()
+            if isinstance(error, KeyError | AttributeError):
+                key = first.strip("\"'")
+                first = f"the config has no key {key!r}"
+            print(
+                "FATAL Flags parsing error: --config:", first, *hints, sep="\n  ", file=sys.stderr
+            )
+            sys.exit(1)
+        return rest
+
+    return parse
 
 
 def run(mode: str, config: ml_collections.ConfigDict | None, workdir: pathlib.Path) -> None:

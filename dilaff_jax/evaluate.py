@@ -23,6 +23,7 @@ from dilaff_jax import (
     metrics,
     pictures,
     reporting,
+    settings,
 )
 from dilaff_jax import step as step_lib
 from dilaff_jax.data import datasets, pipeline
@@ -203,6 +204,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Re
         FileNotFoundError: `workdir` holds no checkpoint.
         ValueError: the checkpoint is of another model than `config` describes.
     """
+    settings.check(config)
     devices = Devices(config.parallel.mode, config.parallel.devices)
     source = datasets.load(config.data, config.data.eval_split)
     model = segmenter.build(step_lib.model_config(config), source.num_classes, axis_name=AXIS)

@@ -72,7 +72,7 @@ def run() -> None:
     # The libraries' own steps are for those who ask: --verbosity=0. (A default would not do: absl
     # raises it to INFO.)
     flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
-    app.run(main)
+    app.run(main, flags_parser=commands.parser(CONFIG))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
         process_id: this one, from 0.
 
     Raises:
-        ValueError: some but not all of the three are known.
+        ValueError: some but not all of the three are known; an address that is none.
     """
     if coordinator == "auto":
         jax.distributed.initialize()
@@ -45,6 +45,12 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
             f"found coordinator {address!r}, num_processes {count}, process_id {index}; several "
             "processes need all three, with 0 <= process_id < num_processes: set them in "
             "config.parallel, or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+        )
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(
+            f"found coordinator {address!r}; expected HOST:PORT of process 0, such as "
+            "10.0.0.2:8476, or 'auto' on a cluster that JAX knows"
         )
     jax.distributed.initialize(address, count, index)
 

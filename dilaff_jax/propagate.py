@@ -10,7 +10,9 @@ kernel keeps the maps on the chip over all steps (kernels/propagation.py); elsew
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -174,17 +176,19 @@ def operator(name: str, *, bias: ArrayLike = 0.0, **options: Any) -> Operator:
         **options: the keyword arguments of the operator.
 
     Raises:
-        ValueError: no operator has this name.
+        ValueError: no operator has this name, or it has no such option.
     """
     if name == "identity":
         return lambda probs, affinity_logits, offsets: jnp.asarray(probs, jnp.float32)
+    if name in ("random_walk", "signed"):
+        _check_options(name, options)
     if name == "random_walk":
         return lambda probs, affinity_logits, offsets: random_walk(
             probs, jax.nn.sigmoid(affinity_logits - per_offset(bias, offsets)), offsets, **options
         )
     if name == "signed":
         return functools.partial(signed, bias=bias, **options)
-    module, _, function = name.partition(":")
+    module, _, function = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not function:
         raise ValueError(
             f"operator is {name!r}; expected 'identity', 'random_walk', 'signed' or "
@@ -193,6 +197,17 @@ def operator(name: str, *, bias: ArrayLike = 0.0, **options: Any) -> Operator:
     return functools.partial(
         getattr(importlib.import_module(module), function), bias=bias, **options
     )
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(signed if name == "signed" else random_walk).parameters.values()
+    known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "bias"]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"operator {name!r} has no option {option!r}; allowed: "
+                f"{', '.join(['bias', *known])}"
+            )
 
 
 def refine_logits(
@@ -456,13 +471,15 @@ def _check_shapes(
             f"{name} has shape {guide.shape}; expected {(*probs.shape[:-1], k)}: probs has shape "
             f"{probs.shape} and there are {k} offsets"
         )
-    if int(steps) != steps or steps < 0:
-        raise ValueError(f"steps is {steps}; expected a whole number, zero or more")
+    if not (isinstance(steps, numbers.Real) and steps >= 0 and steps % 1 == 0):
+        raise ValueError(f"steps is {steps!r}; expected a whole number, zero or more")
     return tuple(tuple(int(x) for x in row) for row in rows)
 
 
 def _check_values(name: str, x: ArrayLike, low: float, high: float, hint: str = "") -> None:
     """Raises ValueError unless all of `x` is finite and in [low, high]; silent under tracing."""
+    if x is None or isinstance(x, str):
+        raise ValueError(f"{name} is {x!r}; expected a number, or an array of them")
     if isinstance(x, jax.core.Tracer) or np.size(x) == 0:
         return
     if isinstance(x, jax.Array):

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from dilaff_jax import evaluate, initialise, metrics, optim, reporting, step, timing
+from dilaff_jax import evaluate, initialise, metrics, optim, reporting, settings, step, timing
 from dilaff_jax.checkpoint import Checkpoints
 from dilaff_jax.data import batches as data_batches
 from dilaff_jax.data import config as data_config
@@ -148,12 +148,8 @@ class Preempted(Exception):  # noqa: N818 - it is no error
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for numbers of the loop that cannot be."""
-    for key in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ValueError(f"config.{key} is {config[key]!r}; expected a whole number above 0")
-    if config.keep_latest < 1:
-        raise ValueError(f"config.keep_latest is {config.keep_latest}; expected 1 or more")
+    """Raises ValueError for a config that cannot be; see `settings.check`."""
+    settings.check(config)
     data_config.check(config.data)
 
 

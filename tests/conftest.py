@@ -16,6 +16,8 @@ os.environ.setdefault(
 COMPILED = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Part of the key otherwise, with the path of the cache, so that no two workdirs would share it.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -25,6 +27,23 @@ hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, max_examples=30, print_blob=True
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--reliability-report",
+        metavar="FILE.json",
+        help="write down what the tests in tests/reliability tried and what survived",
+    )
+
+
+def pytest_configure(config):
+    file = config.getoption("--reliability-report")
+    if file and not hasattr(config, "workerinput"):  # with xdist the controller writes it
+        from tests.reliability.report import Report
+
+        config.pluginmanager.register(Report(config.invocation_params.dir / file))
+
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -16,9 +16,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import scipy.io
 
-from dilaff_jax.data import builder, folders, images
+from dilaff_jax.data import builder, folders, images, mat
 from dilaff_jax.data.folders import Pair
 from dilaff_jax.data.images import DataError
 
@@ -46,13 +45,8 @@ def load_sbd(path: pathlib.Path) -> np.ndarray:
         DataError: damaged file, or one without `GTcls.Segmentation`.
     """
     try:
-        # Looked at first: scipy would loop for hours over a damaged count of structs.
-        if ("GTcls", (1, 1), "struct") not in scipy.io.whosmat(path):
-            raise ValueError("no struct GTcls")
-        label = scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"][0, 0]["Segmentation"]
-    except MemoryError:
-        raise
-    except Exception as e:  # scipy's parser raises nearly anything on broken files.
+        label = mat.read_field(path.read_bytes(), "GTcls", "Segmentation")
+    except ValueError as e:
         raise DataError(
             f"{path}: not an SBD annotation with GTcls.Segmentation (damaged?): {e}"
         ) from e

@@ -17,6 +17,10 @@ _ALLOWED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
         "positive integers",
         lambda v: isinstance(v, tuple) and all(type(x) is int and x > 0 for x in v),
     ),
+    tuple[str, ...]: (
+        "a tuple of names",
+        lambda v: isinstance(v, tuple) and all(isinstance(x, str) for x in v),
+    ),
     tuple[float, ...]: (
         "three numbers",
         lambda v: isinstance(v, tuple) and len(v) == 3,

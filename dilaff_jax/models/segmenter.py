@@ -198,6 +198,9 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("encoder", "decoder"):
         if not isinstance(full[key], str):
             raise ValueError(f"{key} is {full[key]!r}; expected a name")
+    for key in ("aux", "frozen_norm", "remat"):
+        if not isinstance(full[key], bool):
+            raise ValueError(f"{key} is {full[key]!r}; expected True or False")
     for key in ("encoder_options", "decoder_options", "affinity"):
         if not (isinstance(full[key], Mapping) or (key == "affinity" and full[key] is None)):
             also = " or None" if key == "affinity" else ""
