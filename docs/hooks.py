@@ -1,6 +1,6 @@
-"""What mkdocs does besides: pages of the API reference, and formulas as MathML.
+"""What mkdocs does besides: pages of the API reference, measured numbers, formulas as MathML.
 
-Both happen at build time, so that a built site needs no network and no script to be read.
+All happens at build time, so that a built site needs no network and no script to be read.
 """
 
 import html
@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import latex2mathml.converter
+import measured
 from mkdocs.structure.files import File, Files
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "dilaff_jax"
@@ -34,6 +35,11 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     for page, names in modules.items():
         files.append(File.generated(config, f"reference/{page}.md", content=_text(page, names)))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Measured numbers without their links to results/, which is no part of the site."""
+    return measured.bare(markdown)
 
 
 def on_page_content(html_text: str, **_: Any) -> str:

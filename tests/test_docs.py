@@ -61,14 +61,16 @@ def test_the_pictures_are_those_that_the_command_draws():
     assert (DOCS / "images" / "neighbourhood.svg").read_text() == script("figures").neighbourhood()
 
 
-def test_measured_numbers_are_those_of_their_files():
-    numbers, text = script("numbers"), (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_measured_numbers_are_those_of_their_files(page):
+    numbers, text = script("measured"), (ROOT / page).read_text()
+    assert ROOT / page in numbers.PAGES
     assert numbers.count(text) > 0
-    assert numbers.updated(text) == text, "run: python docs/numbers.py"
+    assert numbers.updated(text) == text, "run: python docs/measured.py"
 
 
 def test_a_wrong_number_would_be_found():
-    numbers = script("numbers")
+    numbers = script("measured")
     path = "results > size=513x513x21 > median_seconds > dilaff_jax > *1000"
     wrong = f'[99999.9 ms](results/propagation_cpu.json "{path}")'
     assert numbers.count(wrong) == 1

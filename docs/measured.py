@@ -1,11 +1,13 @@
-"""Takes the measured numbers of README.md from results/: python docs/numbers.py.
+"""Takes the measured numbers of README.md and docs/ from results/: python docs/measured.py.
 
 A number that was measured is a link to its file whose title says where in it the number stands:
 
     [75.5 ms](results/propagation_cpu.json "results > size=513x513x21 > median_seconds > numba")
 
 Each step is a key, an index, or KEY=VALUE[,KEY=VALUE] for the entry of a list; *N multiplies. The
-number keeps the decimals and the unit that it is written with. A test holds README.md to the files.
+number keeps the decimals and the unit that it is written with. Pages of docs/ write ../results;
+their built form, which has no such folder beside it, shows the number alone. A test holds all
+pages to the files.
 """
 
 import json
@@ -14,7 +16,8 @@ import re
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-_LINK = re.compile(r'\[([-\d.,]+)([^]]*)\]\((results/[\w./-]+\.json) "([^"]+)"\)')
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_LINK = re.compile(r'\[([-\d.,]+)([^]]*)\]\(((?:\.\./)?results/[\w./-]+\.json) "([^"]+)"\)')
 
 
 def updated(text: str) -> str:
@@ -31,9 +34,16 @@ def count(text: str) -> int:
     return len(_LINK.findall(text))
 
 
+def bare(text: str) -> str:
+    """The text with such numbers as plain text."""
+    return _LINK.sub(r"\1\2", text)
+
+
 def _current(match: re.Match[str]) -> str:
     shown, unit, file, path = match.groups()
-    value = float(_look_up(json.loads((ROOT / file).read_text()), path.split(" > ")))
+    value = float(
+        _look_up(json.loads((ROOT / file.removeprefix("../")).read_text()), path.split(" > "))
+    )
     decimals = len(shown.partition(".")[2])
     return f'[{value:{"," if "," in shown else ""}.{decimals}f}{unit}]({file} "{path}")'
 
@@ -54,5 +64,5 @@ def _look_up(value: Any, path: list[str]) -> Any:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text()))
+    for page in PAGES:
+        page.write_text(updated(page.read_text()))
