@@ -301,9 +301,10 @@ def test_four_images_are_learned_by_heart(tmp_path):
     """More than 95 % mIoU on the images trained on: data, model, loss and step fit together."""
     prepare.prepare("image_folder/easy", tmp_path / "data", easy_images(tmp_path / "source"))
     config = make_config(
-        tmp_path / "data", num_steps=80, log_every=40, eval_every=80, checkpoint_every=80
+        tmp_path / "data", num_steps=150, log_every=50, eval_every=150, checkpoint_every=150
     )
-    config.model.update({"encoder": "resnet18", "decoder": "unet", "output_stride": 32})
+    config.model.decoder = "unet"
+    config.model.encoder_options = {"width": 32}
     config.model.decoder_options = {"widths": (32, 32, 32, 32), "dropout": 0.0}
     config.data.update(
         {"dataset": "image_folder/easy", "eval_split": "train", "crop_size": (64, 64)}
