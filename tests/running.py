@@ -1,0 +1,94 @@
+"""Whole runs of `tests/tiny_config.py`, in this process or in one of their own, and what they left."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tests import conftest, tiny_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def make_config(data_dir, **changes):
+    config = tiny_config.get_config()
+    config.data.data_dir = str(data_dir)
+    config.update(changes)
+    return config
+
+
+def command(data_dir, workdir, *options):
+    return [
+        sys.executable, "-m", "dilaff_jax.main", "--config=tests/tiny_config.py",
+        f"--workdir={workdir}", f"--config.data.data_dir={data_dir}", *options,
+    ]  # fmt: skip
+
+
+def start(data_dir, workdir, *options, devices=4, environment=(), **settings):
+    """A process of its own, as a user starts it; `settings` are those of `Popen`."""
+    workdir.mkdir(exist_ok=True)
+    if not (workdir / "compilation_cache").exists():
+        conftest.COMPILED.mkdir(parents=True, exist_ok=True)
+        (workdir / "compilation_cache").symlink_to(conftest.COMPILED)
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | settings
+    return subprocess.Popen(
+        command(data_dir, workdir, *options),
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag, **dict(environment)},
+        **settings,
+    )
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def pair(data_dir, workdir, *options, **settings):
+    """Two processes of two devices each, that are one run."""
+    common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port()}", "JAX_NUM_PROCESSES": "2"}
+    return [
+        start(
+            data_dir, workdir, *options, devices=2,
+            environment={**common, "JAX_PROCESS_ID": str(i)}, **settings,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(workdir, at):
+    """All arrays of a checkpoint, read without the project's code."""
+    tree = ocp.StandardCheckpointer().restore(
+        (workdir / "checkpoints" / str(at) / "state").resolve()
+    )
+    return {
+        jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_bit_identical(a, b, at=6):
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    first, second = saved(a, at), saved(b, at)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.tobytes() == second[name].tobytes(), name
+    results = [(d / "evaluation" / str(at) / "results.json").read_bytes() for d in (a, b)]
+    assert results[0] == results[1]
