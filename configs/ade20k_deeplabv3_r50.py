@@ -2,7 +2,7 @@ r"""ADE20K (150 classes), DeepLabv3 on ResNet-50: mmsegmentation's 160k-iteratio
 
     python -m dilaff_jax.data.prepare --dataset scene_parse150 --source DIR --data_dir data
     python -m dilaff_jax.main --config configs/ade20k_deeplabv3_r50.py \
-        --workdir workdirs/ade_r50 \\
+        --workdir workdirs/ade_r50 \
         --config.init.encoder=resnet50-11ad3fa6.pth
 
 For 8 accelerators of 16 GB (2 images each). Images are brought to a shorter side of 512 times the

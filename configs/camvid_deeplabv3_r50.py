@@ -2,7 +2,7 @@ r"""CamVid at full resolution on one accelerator: DeepLabv3 on ResNet-50, bfloat
 
     python -m dilaff_jax.data.prepare --dataset camvid --source DIR --data_dir data
     python -m dilaff_jax.main --config configs/camvid_deeplabv3_r50.py \
-        --workdir workdirs/camvid_r50 \\
+        --workdir workdirs/camvid_r50 \
         --config.init.encoder=resnet50-11ad3fa6.pth
 
 One GPU or TPU chip of 16 GB or more. The weights are torchvision's ImageNet file; without them the

@@ -1,7 +1,7 @@
 r"""As cityscapes_deeplabv3_r50, on ResNet-101.
 
     python -m dilaff_jax.main --config configs/cityscapes_deeplabv3_r101.py \
-        --workdir workdirs/city_r101 \\
+        --workdir workdirs/city_r101 \
         --config.init.encoder=resnet101-cd907fc2.pth
 
 mmsegmentation's baseline reaches 80.2 mIoU; our figure is yet to be measured.

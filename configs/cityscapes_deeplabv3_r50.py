@@ -2,7 +2,7 @@ r"""Cityscapes, DeepLabv3 on ResNet-50: mmsegmentation's 80k-iteration recipe.
 
     python -m dilaff_jax.data.prepare --dataset cityscapes --source DIR --data_dir data
     python -m dilaff_jax.main --config configs/cityscapes_deeplabv3_r50.py \
-        --workdir workdirs/city_r50 \\
+        --workdir workdirs/city_r50 \
         --config.init.encoder=resnet50-11ad3fa6.pth
 
 For 8 accelerators of 16 GB (1 image each). mmsegmentation's baseline reaches 79.3 mIoU; our figure

@@ -3,7 +3,7 @@ r"""A small network on `shapes`, in minutes on two CPU cores: what `launch/quick
     python -m dilaff_jax.data.prepare --dataset shapes --data_dir data
     python -m dilaff_jax.main --config configs/shapes_quickstart.py --workdir workdirs/joint
     python -m dilaff_jax.main --config configs/shapes_quickstart.py \
-        --workdir workdirs/baseline \\
+        --workdir workdirs/baseline \
         --config.loss.affinity=0
 
 The plain baseline is the second command: no affinity loss, hence no affinity head.

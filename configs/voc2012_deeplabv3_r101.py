@@ -1,7 +1,7 @@
 r"""As voc2012_deeplabv3_r50, on ResNet-101 and for 40k iterations.
 
     python -m dilaff_jax.main --config configs/voc2012_deeplabv3_r101.py \
-        --workdir workdirs/voc_r101 \\
+        --workdir workdirs/voc_r101 \
         --config.init.encoder=resnet101-cd907fc2.pth
 
 mmsegmentation's baseline reaches 78.7 mIoU; our figure is yet to be measured.

@@ -2,7 +2,7 @@ r"""VOC 2012 + SBD ("trainaug"), DeepLabv3 on ResNet-50: mmsegmentation's 20k-it
 
     python -m dilaff_jax.data.prepare --dataset voc2012_seg --source DIR --data_dir data
     python -m dilaff_jax.main --config configs/voc2012_deeplabv3_r50.py \
-        --workdir workdirs/voc_r50 \\
+        --workdir workdirs/voc_r50 \
         --config.init.encoder=resnet50-11ad3fa6.pth
 
 For 8 accelerators of 16 GB (2 images each), ImageNet weights from torchvision. With this recipe the

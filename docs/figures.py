@@ -1,10 +1,14 @@
-"""Draws the pictures of the documentation: python docs/figures.py.
+"""Draws the pictures of the documentation: python docs/figures.py [WORKDIR].
 
-They are committed; a test holds them to what this command makes.
+The drawing is committed; a test holds it to what this command makes. With a workdir, the picture of
+results too: the first images of that run's last evaluation. The one committed is the quickstart's,
+`workdirs/quickstart/joint`.
 """
 
 import pathlib
+import sys
 
+import cv2
 import numpy as np
 
 from dilaff_jax import affinity
@@ -63,11 +67,19 @@ def _legend(row: int, left: int, color: str, text: str) -> str:
     )
 
 
-def main() -> None:
+def results(workdir: pathlib.Path, rows: int = 3) -> np.ndarray:
+    """The first pictures of a run's last evaluation, one below the other, BGR."""
+    folder = max((workdir / "evaluation").iterdir(), key=lambda path: int(path.name)) / "pictures"
+    return np.concatenate([cv2.imread(str(p)) for p in sorted(folder.glob("*.png"))[:rows]])
+
+
+def main(arguments: list[str]) -> None:
     """Writes every picture."""
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
+    for workdir in arguments[:1]:
+        cv2.imwrite(str(IMAGES / "shapes.png"), results(pathlib.Path(workdir)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
