@@ -124,6 +124,7 @@ def _view(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) -> No
     from dilaff_jax import network, view
     from dilaff_jax.data import datasets
 
+    view.check_port(PORT.value)  # before the time that a network takes
     if INPUT.value:
         viewer = view.of_files(load(config, workdir), pathlib.Path(INPUT.value))
     elif workdir == pathlib.Path():

@@ -93,6 +93,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
     Raises:
         FileNotFoundError: `workdir` holds no config.json.
+        ValueError: it is damaged.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -100,7 +101,15 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
             f"{workdir} is no run: {path} does not exist; give the --workdir of a training, or "
             "the --config it was made with"
         )
-    return ml_collections.ConfigDict(_tuples(json.loads(path.read_text())))
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except ValueError as e:
+        raise ValueError(
+            f"{path} is damaged: {e}; train on in its folder, which rewrites it, or give --config"
+        ) from e
+    return ml_collections.ConfigDict(_tuples(content))
 
 
 def classes_of(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> classes_lib.Classes:

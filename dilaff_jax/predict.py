@@ -54,6 +54,8 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
     files = find(source, options.output)
     _check_targets(files, options)
     movies = {n: p for n, p in files.items() if p.suffix.lower() in clips.SUFFIXES}
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"the output {options.output} is a file; give a folder")
     if options.temporal and not movies:
         raise ValueError(f"temporal propagation was asked for, but {source} holds no video")
     options.output.mkdir(parents=True, exist_ok=True)

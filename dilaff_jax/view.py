@@ -8,6 +8,7 @@ server listens on this machine's loopback address alone.
 
 import dataclasses
 import pathlib
+import socket
 from typing import Any
 
 import numpy as np
@@ -47,17 +48,33 @@ def of_source(predictor: Predictor, source: datasets.Source) -> Viewer:
     return Viewer(predictor, source.names, open_picture)
 
 
+def check_port(port: int) -> None:
+    """Raises ValueError for a port that is none, or that another program listens at."""
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port={port}; expected 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind((HOST, port))
+        except OSError as e:
+            raise ValueError(
+                f"--port={port} cannot be used on {HOST}: {e.strerror}; give another port"
+            ) from e
+
+
 def serve(viewer: Viewer, port: int = 8080) -> None:
     """Serves the page on http://127.0.0.1:PORT until it is interrupted.
 
     Raises:
         ImportError: NiceGUI is not installed.
+        ValueError: the port cannot be used.
     """
     try:
         from nicegui import app, ui
         from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError as e:
         raise ImportError(f"{e}; pip install -e '.[view]'") from e
+    check_port(port)
     # A page elsewhere that makes its name point here is not answered.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     ui.page("/")(lambda: Page(viewer).build())

@@ -31,6 +31,12 @@ _OUTSIDE = 256  # in lookup tables: a raw value that is no class and not ignored
 
 
 _Base: Any = tfds.core.GeneratorBasedBuilder
+_BaseInfo: Any = tfds.core.DatasetInfo
+
+
+class _Info(_BaseInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: tfds would ask its bucket on the net, and leave a temporary folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +178,7 @@ class SegmentationBuilder(_Base):
     # What tfds calls.
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             features=tfds.features.FeaturesDict(self.features()),
             # Stored in the order of names, so that index i of a split is a fact one can look up.

@@ -32,6 +32,8 @@ class Classes:
         """From what `to_json` gave. Raises ValueError if names and colours do not match."""
         names: Sequence[str] = content.get("names", ())
         colors = np.array(content.get("colors", ()))
+        if colors.size and colors.dtype.kind not in "iu":
+            raise ValueError(f"colours of type {colors.dtype}; expected whole numbers, 0 to 255")
         if not names or colors.shape != (len(names), 3) or colors.min() < 0 or colors.max() > 255:
             raise ValueError(
                 f"{len(names)} class names and colours of shape {colors.shape}; expected as many "

@@ -120,7 +120,9 @@ def extract(archive: pathlib.Path, target: pathlib.Path) -> None:
         raise DataError(
             f"{archive}: {e}; this is not the official archive, nothing of it is used"
         ) from e
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
+    except (DataError, MemoryError):
+        raise
+    except Exception as e:  # the codecs raise nearly anything on broken files
         raise DataError(f"{archive}: damaged or incomplete archive: {e}; download it again") from e
 
 
@@ -128,7 +130,7 @@ def _extract_zip(archive: pathlib.Path, target: pathlib.Path) -> None:
     with zipfile.ZipFile(archive) as file:
         for member in file.namelist():
             path = pathlib.PurePosixPath(member.replace("\\", "/"))
-            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]):
                 raise DataError(
                     f"{archive}: member {member!r} would leave the folder it is unpacked to; this "
                     "is not the official archive, nothing of it is used"

@@ -95,7 +95,11 @@ class Builder(builder.SegmentationBuilder):
         given = self.options.classes
         file = self.source / given
         if file.is_file():
-            return read_classes(folders.inside(self.source, file).read_text(encoding="utf-8-sig"))
+            try:
+                text = folders.inside(self.source, file).read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as e:
+                raise DataError(f"{file}: the class list is not UTF-8 text: {e}") from e
+            return read_classes(text)
         if "," not in given:
             raise DataError(
                 f"{file}: no class list; write one class a line in the order of the mask values "

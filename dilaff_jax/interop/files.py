@@ -33,7 +33,10 @@ def read(path: str | pathlib.Path, entry: str | None = None) -> State:
     try:
         values = _load(path)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix or 'weights'}: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as {path.suffix or 'weights'}: {reason}"
+        ) from error
     if entry is not None:
         if not isinstance(values.get(entry), Mapping):
             raise ValueError(f"{path} has no entry {entry!r}; it holds {_some(values)}")
