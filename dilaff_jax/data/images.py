@@ -190,10 +190,19 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def decode_label(data: bytes) -> np.ndarray:
-    """Decodes a one-channel PNG to uint8 `[H, W]`: values or palette indices, never colours."""
+    """Decodes a one-channel PNG to uint8 `[H, W]`: values or palette indices, never colours.
+
+    Raises DataError if they are damaged.
+    """
     if len(data) > 25 and data[25] == 3:  # PNG colour type "palette": OpenCV would give colours.
-        return np.asarray(Image.open(io.BytesIO(data))).astype(np.uint8)
-    label = _decode(data, cv2.IMREAD_UNCHANGED)
+        try:
+            label = np.asarray(Image.open(io.BytesIO(data)))
+        except MemoryError:
+            raise
+        except Exception as e:  # Pillow's parsers raise nearly anything on broken files.
+            raise DataError(f"damaged record: {len(data)} bytes are not an image: {e}") from e
+    else:
+        label = _decode(data, cv2.IMREAD_UNCHANGED)
     if label.ndim != 2 or label.dtype != np.uint8:
         raise DataError(f"a label map of shape {label.shape}, {label.dtype}: want uint8 [H, W]")
     return label
