@@ -5,11 +5,14 @@ a loop of our own (`readers.py`) with NumPy's seeded generator: a fuzzer led by 
 has no wheels for the Pythons that this project supports, and the parsers are not Python anyway.
 """
 
+import io
 import itertools
 import json
 import pathlib
+import struct
 import subprocess
 import sys
+import zlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.io
 
 import dilaff_jax
 from dilaff_jax import affinity, losses, metrics, propagate, resize
+from dilaff_jax.data import mat
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IGNORED, CLASSES = 255, 3
@@ -367,6 +372,26 @@ def test_what_cannot_be_is_refused_in_full_sentences(call, message):
 
 
 # Files.
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float64"])
+def test_a_label_map_in_a_matlab_file_is_what_scipy_reads(dtype, compressed):
+    wanted = np.arange(12).reshape(3, 4).astype(dtype)
+    content, file = np.zeros((1, 1), [("Other", object), ("Label", object)]), io.BytesIO()
+    content["Other"][0, 0], content["Label"][0, 0] = np.array([["x", np.eye(2)]], object), wanted
+    scipy.io.savemat(file, {"first": np.eye(3), "G": content}, do_compression=compressed)
+    found = mat.read_field(file.getvalue(), "G", "Label")
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == scipy.io.loadmat(file)["G"][0, 0]["Label"].dtype
+
+
+def test_a_matlab_file_that_unpacks_to_too_much_is_refused():
+    packed = zlib.compress(bytes(mat.MOST + 1))
+    data = bytes(124) + b"\0\1IM" + struct.pack("<II", 15, len(packed)) + packed
+    with pytest.raises(ValueError, match=rf"^it unpacks to more than {mat.MOST} bytes$"):
+        mat.read_field(data, "G", "Label")
+
 
 MUTATIONS = 600
 READERS = ("image", "label", "sbd", "record", "archive", "npz", "safetensors")
