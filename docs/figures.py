@@ -5,6 +5,8 @@ results too: the first images of that run's last evaluation. The one committed i
 `workdirs/quickstart/joint`.
 """
 
+import io
+import json
 import pathlib
 import sys
 
@@ -14,6 +16,7 @@ import numpy as np
 from dilaff_jax import affinity
 
 IMAGES = pathlib.Path(__file__).parent / "images"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 # Okabe and Ito's colours, told apart also by the colour-blind.
 COLORS = ("#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
 CELL = 24
@@ -67,6 +70,30 @@ def _legend(row: int, left: int, color: str, text: str) -> str:
     )
 
 
+def scaling(file: pathlib.Path = RESULTS / "propagation_scaling_cpu.json") -> bytes:
+    """An SVG of the curves that `python -m benchmarks.propagation_scaling` measured."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # Neither random names nor the date, so that the same numbers give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "dilaff_jax"
+    import matplotlib.pyplot as plt
+
+    curves = json.loads(file.read_text())["curves"]
+    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3), layout="constrained")
+    for axis, curve, color in zip(axes, curves, COLORS, strict=False):
+        x = [point[curve["curve"]] for point in curve["points"]]
+        y = [1e3 * point["median_seconds"] for point in curve["points"]]
+        axis.loglog(x, y, "o-", color=color)
+        axis.set_title(f"{curve['curve']}: exponent {curve['exponent']:.2f}")
+        axis.set_xlabel(curve["curve"])
+        axis.grid(which="both", color="#e0e0e0", linewidth=0.5)
+    axes[0].set_ylabel("median ms")
+    written = io.BytesIO()
+    figure.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
 def results(workdir: pathlib.Path, rows: int = 3) -> np.ndarray:
     """The first pictures of a run's last evaluation, one below the other, BGR."""
     folder = max((workdir / "evaluation").iterdir(), key=lambda path: int(path.name)) / "pictures"
@@ -77,6 +104,7 @@ def main(arguments: list[str]) -> None:
     """Writes every picture."""
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
+    (IMAGES / "propagation_scaling.svg").write_bytes(scaling())
     for workdir in arguments[:1]:
         cv2.imwrite(str(IMAGES / "shapes.png"), results(pathlib.Path(workdir)))
 
