@@ -53,8 +53,9 @@ class Reporter:
         """Adds one line to metrics.jsonl, and the same to TensorBoard."""
         if not self._active:
             return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        with self._naming():
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         names = [n for n in ("train/loss", "train/miou") if n in values]
@@ -92,16 +93,24 @@ class Reporter:
     def sync(self) -> None:
         """Returns when metrics.jsonl is on disk; a checkpoint must not be newer than its lines."""
         if self._active:
-            self._lines.flush()
-            os.fsync(self._lines.fileno())
+            with self._naming():
+                self._lines.flush()
+                os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         """Closes all files."""
         if self._active:
-            self.sync()
-            self._lines.close()
-            self._board.close()
-            self._bar.close()
+            closing = contextlib.closing
+            with self._naming(), closing(self._bar), closing(self._board), self._lines:
+                self.sync()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Says where, which a full disk does not."""
+        try:
+            yield
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self._path.parent)) from e
 
 
 def keep_until(path: pathlib.Path, step: int) -> None:

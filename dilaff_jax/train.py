@@ -49,7 +49,6 @@ def train_and_evaluate(
     train_step = step.TrainStep(config, model, source.num_classes, tx)
 
     # 1. The state: this workdir's newest checkpoint, or a fresh one.
-    save_config(config, workdir, source)
     host_batches = pipeline.train_batches(
         config.data,
         batch_size=config.batch_size,
@@ -68,6 +67,7 @@ def train_and_evaluate(
     else:
         begin, state = 0, initialise.fresh(config, train_step, model, source, shape)
     state = devices.replicate(state)
+    save_config(config, workdir, source)  # not before: a workdir of another model stays as it is
     if begin < config.num_steps:
         _note_start(workdir, begin)
 
