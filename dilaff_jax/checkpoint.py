@@ -222,10 +222,12 @@ def _writing(directory: pathlib.Path) -> Iterator[None]:
     """Names the folder, and what to do, where Orbax raises whatever the file system raised."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # another process is gone, or a device: no matter of files
+        raise
     except Exception as e:
         raise OSError(
             f"a checkpoint could not be written to {directory} ({_reason(e)}). Those before it "
-            "stay; make room, or mend what keeps the folder from being written, and run again to go on"
+            "stay; make room, or mend what keeps the folder from being written, and run again"
         ) from e
 
 
