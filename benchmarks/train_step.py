@@ -81,16 +81,11 @@ def torchs(compiled: bool, device: str, batch: dict[str, np.ndarray]) -> Callabl
     return run
 
 
-def main() -> None:
-    """Times the steps, prints a table, writes results/train_step_PLATFORM.json."""
+def measure(size: int, batch_size: int, repeats: int) -> dict[str, Any]:
+    """Times all contenders at one size, and prints a table."""
     gpu = jax.default_backend() == "gpu"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--size", type=int, default=513 if gpu else 129)
-    parser.add_argument("--batch", type=int, default=8 if gpu else 2)
-    parser.add_argument("--repeats", type=int, default=20 if gpu else 7)
-    args = parser.parse_args()
     rng = np.random.default_rng(0)
-    shape = (args.batch, args.size, args.size)
+    shape = (batch_size, size, size)
     batch = {
         "image": rng.integers(0, 256, (*shape, 3)).astype(np.uint8),
         "label": rng.integers(0, CLASSES, shape).astype(np.uint8),
@@ -103,26 +98,40 @@ def main() -> None:
     }
     if gpu:
         runs["torchvision compiled"] = torchs(True, device, batch)
-    seconds = timing.interleaved(runs, args.repeats, "train step")
+    seconds = timing.interleaved(runs, repeats, f"train step, {size}")
     medians = timing.median(seconds)
-    table = rich.table.Table(title=f"DeepLabv3-R50, batch {args.batch}, {args.size}², {dtype}")
+    table = rich.table.Table(title=f"DeepLabv3-R50, batch {batch_size}, {size}², {dtype}")
     for column in ("", "median ms", "images/s", "/ our baseline"):
         table.add_column(column, justify="right" if column else "left")
     for name, value in medians.items():
         ratio = value / medians[BASELINE]
-        table.add_row(name, f"{1e3 * value:.0f}", f"{args.batch / value:.2f}", f"{ratio:.2f}")
+        table.add_row(name, f"{1e3 * value:.0f}", f"{batch_size / value:.2f}", f"{ratio:.2f}")
     rich.console.Console().print(table)
+    return {
+        "dtype": dtype,
+        "batch": batch_size,
+        "size": size,
+        "median_seconds": medians,
+        "images_per_second": {n: batch_size / s for n, s in medians.items()},
+        "ratio_to_baseline": {n: s / medians[BASELINE] for n, s in medians.items()},
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Times the steps, prints tables, writes results/train_step_PLATFORM.json."""
+    gpu = jax.default_backend() == "gpu"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--size", type=int, nargs="+", default=[513] if gpu else [129, 257])
+    parser.add_argument("--batch", type=int, default=8 if gpu else 2)
+    parser.add_argument("--repeats", type=int, default=20 if gpu else 7)
+    args = parser.parse_args()
     path = timing.write(
         f"train_step_{jax.default_backend()}",
         {
-            "command": f"python -m benchmarks.train_step --size {args.size} --batch {args.batch}",
+            "command": "python -m benchmarks.train_step",
             **timing.provenance("flax", "optax", "torch", "torchvision"),
-            "dtype": dtype,
-            "batch": args.batch,
-            "size": args.size,
-            "median_seconds": medians,
-            "ratio_to_baseline": {n: s / medians[BASELINE] for n, s in medians.items()},
-            "seconds": seconds,
+            "results": [measure(size, args.batch, args.repeats) for size in args.size],
         },
     )
     print(f"written: {path}")

@@ -4,21 +4,20 @@ On a CPU, XLA runs a convolution of as many groups as channels many times slower
 sum written as shifted products, forward and backward; accelerators have kernels of their own.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Pads = tuple[tuple[int, int], ...]
+from dilaff_jax.models import forms
 
 
 def conv(
     x: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
+    padding: forms.Padding,
     *,
     rhs_dilation: Sequence[int],
     **_: Any,
@@ -27,94 +26,32 @@ def conv(
 
     Called as `flax.linen.Conv` calls its `conv_general_dilated`; sums in float32.
     """
-    if isinstance(padding, str):
-        window = [d * (k - 1) + 1 for k, d in zip(kernel.shape[:2], rhs_dilation, strict=True)]
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    pads = tuple((int(a), int(b)) for a, b in padding)
-    return _conv(x, kernel, tuple(strides), pads, tuple(rhs_dilation))
+    return forms.conv(x, kernel, _FORM, forms.geometry(x, kernel, strides, padding, rhs_dilation))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: Pads, rates: tuple[int, ...]
-) -> jax.Array:
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=functools.partial(_shifted, strides=strides, pads=pads, rates=rates),
-        default=functools.partial(_grouped, strides=strides, pads=pads, rates=rates),
-    )
-
-
-def _forward(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: Pads, rates: tuple[int, ...]
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv(x, kernel, strides, pads, rates), (x, kernel)
-
-
-def _backward(
-    strides: tuple[int, ...],
-    pads: Pads,
-    rates: tuple[int, ...],
-    residuals: tuple[jax.Array, jax.Array],
-    dy: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    def grouped(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
-        function = functools.partial(_grouped, strides=strides, pads=pads, rates=rates)
-        return jax.vjp(function, x, kernel)[1](dy)
-
-    shifted = functools.partial(_shifted_backward, strides=strides, pads=pads, rates=rates)
-    return jax.lax.platform_dependent(*residuals, dy, cpu=shifted, default=grouped)
-
-
-_conv.defvjp(_forward, _backward)
-
-
-def _grouped(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: Pads, rates: tuple[int, ...]
-) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        pads,
-        rhs_dilation=rates,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
-
-
-def _shifted(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: Pads, rates: tuple[int, ...]
-) -> jax.Array:
-    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
+def _shifted(x: jax.Array, kernel: jax.Array, at: forms.Geometry) -> jax.Array:
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *at.pads, (0, 0)))
     total = sum(
         window * kernel[u, v, 0].astype(jnp.float32)
-        for u, v, window in _windows(padded, kernel.shape, strides, rates)
+        for u, v, window in _windows(padded, kernel.shape, at.strides, at.rates)
     )
     return jnp.asarray(total).astype(x.dtype)
 
 
-def _shifted_backward(
-    x: jax.Array,
-    kernel: jax.Array,
-    dy: jax.Array,
-    strides: tuple[int, ...],
-    pads: Pads,
-    rates: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array]:
+def _backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, at: forms.Geometry) -> forms.Pair:
     """The gradient by x gathers what each pixel gave; as scattered sums it would be slow again."""
     wide = dy.astype(jnp.float32)
-    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
-    dkernel = _filter_gradient(padded, wide, kernel.shape, strides, rates)
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *at.pads, (0, 0)))
+    dkernel = _filter_gradient(padded, wide, kernel.shape, at.strides, at.rates)
     spread = [(0, 0, 0)]
-    for axis, (stride, (begin, _), rate) in enumerate(zip(strides, pads, rates, strict=True)):
+    for axis, (stride, (begin, _), rate) in enumerate(zip(*at, strict=True)):
         reach = rate * (kernel.shape[axis] - 1)
         length = (dy.shape[axis + 1] - 1) * stride + 1
         low = reach - begin
         spread.append((low, x.shape[axis + 1] + reach - low - length, stride - 1))
     dilated = jax.lax.pad(wide, jnp.float32(0), [*spread, (0, 0, 0)])
-    dx = _shifted(dilated, kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)), rates)
+    whole = forms.Geometry((1, 1), ((0, 0), (0, 0)), at.rates)
+    dx = _shifted(dilated, kernel[::-1, ::-1], whole)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
@@ -163,3 +100,6 @@ def _windows(
         for u in range(kernel[0])
         for v in range(kernel[1])
     ]
+
+
+_FORM = forms.Form(_shifted, _backward, depthwise=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dilaff_jax import resize
-from dilaff_jax.models import depthwise
+from dilaff_jax.models import dense, depthwise
 
 Padding: TypeAlias = Literal["symmetric", "same"]
 TorchKeys: TypeAlias = tuple[tuple[str, str], ...]
@@ -89,17 +89,11 @@ class ConvNorm(nn.Module):
             use_bias=False,
             dtype=self.style.dtype,
             kernel_init=_he_normal(self.depthwise),
-            conv_general_dilated=self._convolve(),
+            conv_general_dilated=depthwise.conv if self.depthwise else dense.conv,
             name="conv",
         )(x)
         x = self._norm(train)(x)
         return x if self.activation is None else self.activation(x)
-
-    def _convolve(self) -> Callable[..., jax.Array] | None:
-        """The form of the convolution, None for XLA's own."""
-        if self.depthwise:
-            return depthwise.conv
-        return _pointwise if self.kernel == 1 else None
 
     def _norm(self, train: bool) -> nn.Module:
         if self.style.norm == "group":
@@ -168,7 +162,7 @@ def classifier(features: int, style: Style, name: str = "logits") -> nn.Module:
         (1, 1),
         dtype=style.dtype,
         kernel_init=init,
-        conv_general_dilated=_pointwise,
+        conv_general_dilated=dense.conv,
         name=name,
     )
 
@@ -209,14 +203,3 @@ def _cells(n: int, size: int) -> np.ndarray:
 def _he_normal(depthwise: bool) -> nn.initializers.Initializer:
     # A depthwise filter feeds one channel; Flax's fan_out would count them all.
     return nn.initializers.variance_scaling(2.0, "fan_in" if depthwise else "fan_out", "normal")
-
-
-def _pointwise(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: Any, **__: Any
-) -> jax.Array:
-    """A 1×1 convolution as a matrix product, `[B, H, W, C]` to `[B, H', W', F]`.
-
-    XLA's CPU backend runs the convolution that is a filter's gradient slowly, the product fast.
-    """
-    x = x[:, :: strides[0], :: strides[1]]
-    return jnp.einsum("bhwc,cf->bhwf", x, kernel[0, 0])
