@@ -51,7 +51,8 @@ def extent(curve: str, settings: dict[str, int]) -> int:
 def measure(curve: str, repeats: int) -> dict[str, Any]:
     """The points of one curve and its exponent."""
     key, values = CURVES[curve]
-    runs, rows = {}, []
+    runs: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     for value in values:
         settings = DEFAULT | {key: value}
         walk, arguments = program(**settings)

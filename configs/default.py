@@ -51,6 +51,8 @@ def get_config() -> ml_collections.ConfigDict:
     # mode: "pmap" or "shard_map". devices: of each process, 0 for all. The rest: several processes.
     config.parallel = ml_collections.ConfigDict(
         {"mode": "pmap", "devices": 0, "coordinator": "", "num_processes": 0, "process_id": -1}
+        # Seconds of silence after which a process is taken for dead, and the others end.
+        | {"heartbeat": 100}
     )
     # Steps that are profiled to workdir/profile, as (first, last); () for none.
     config.profile_steps = ()

@@ -46,8 +46,7 @@ def main(arguments: Sequence[str]) -> None:
             return
         if config is None or not WORKDIR.value:
             raise app.UsageError(f"--mode {MODE.value} needs --config and --workdir")
-        where = config.parallel
-        parallel.initialize(where.coordinator, where.num_processes, where.process_id)
+        parallel.initialize(**{key: config.parallel[key] for key in parallel.PROCESS_KEYS})
         match MODE.value:
             case "train":
                 train.train_and_evaluate(config, workdir)

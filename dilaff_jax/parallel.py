@@ -15,11 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import utils as orbax_utils
 
 AXIS = "batch"
+# The keys of `config.parallel` that `initialize` takes.
+PROCESS_KEYS = ("coordinator", "num_processes", "process_id", "heartbeat")
 Mode: TypeAlias = Literal["pmap", "shard_map"]
 Placement: TypeAlias = str | tuple[str, ...]
 
 
-def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+def initialize(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, heartbeat: int = 100
+) -> None:
     """Joins the other processes, if there are any; must run before JAX is used.
 
     Args:
@@ -28,12 +32,13 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
             TPU, GKE, SLURM).
         num_processes: how many there are.
         process_id: this one, from 0.
+        heartbeat: seconds of silence after which a process is taken for dead and the others end.
 
     Raises:
         ValueError: some but not all of the three are known; an address that is none.
     """
     if coordinator == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
         return
     address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     count = num_processes or int(os.environ.get("JAX_NUM_PROCESSES", 0))
@@ -52,7 +57,7 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
             f"found coordinator {address!r}; expected HOST:PORT of process 0, such as "
             "10.0.0.2:8476, or 'auto' on a cluster that JAX knows"
         )
-    jax.distributed.initialize(address, count, index)
+    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=heartbeat)
 
 
 class Devices:

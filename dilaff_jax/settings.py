@@ -139,6 +139,7 @@ _PARTS: dict[str, dict[str, Rule]] = {
         "coordinator": _TEXT,
         "num_processes": _WHOLE,
         "process_id": ("-1 for none, or 0 and more", lambda v: _is_whole(v, -1)),
+        "heartbeat": _COUNT,
     },
 }
 # With checks of their own; the keys of `refine` are the arguments of the operator that it names.
