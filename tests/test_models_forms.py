@@ -1,6 +1,7 @@
 """Depthwise and dense convolution: the same numbers and gradients as XLA's, in either form."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,3 +86,19 @@ def test_each_platform_gets_the_form_that_it_is_fast_at(platform, calls_conv, co
     )
     program = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.convolution" in program) == calls_conv
+
+
+@pytest.mark.parametrize(("conv", "channels"), FORMS)
+@pytest.mark.parametrize(("stride", "rate"), [(1, 1), (2, 1), (1, 5)])
+def test_it_is_exported_for_any_size(conv, channels, stride, rate):
+    kernel = noise(3, 3, *channels, seed=1)
+
+    def function(x):
+        return conv(x, kernel, (stride,) * 2, ((rate, rate),) * 2, rhs_dilation=(rate,) * 2)
+
+    height, width = jax.export.symbolic_shape("h, w", constraints=["h >= 16", "w >= 16"])
+    shape = jax.ShapeDtypeStruct((2, height, width, 4), jnp.float32)
+    exported = jax.export.export(jax.jit(function))(shape)
+    for size in ((16, 19), (23, 17)):
+        x = noise(2, *size, 4)
+        np.testing.assert_allclose(exported.call(x), function(x), atol=1e-5)

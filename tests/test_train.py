@@ -181,7 +181,7 @@ def test_two_processes_of_two_devices_are_one_of_four_and_one_device(
         assert_same_numbers(lines(workdir), lines(unbroken[0]))
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("pmap", 1), ("shard_map", 4)])
+@pytest.mark.parametrize(("mode", "devices"), [("pmap", 1), ("pmap", 2), ("shard_map", 4)])
 def test_other_devices_give_the_same_run(mode, devices, unbroken, data_dir, tmp_path):
     config = make_config(data_dir)
     config.parallel.update({"mode": mode, "devices": devices})

@@ -6,7 +6,6 @@ product is taken only of the pixels that its tap sees inside the image: at the r
 most of what a filter covers is padding.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,11 @@ def conv(
 
     Called as `flax.linen.Conv` calls its `conv_general_dilated`; sums in float32 on a CPU.
     """
-    return forms.conv(x, kernel, _FORM, forms.geometry(x, kernel, strides, padding, rhs_dilation))
+    at = forms.geometry(x, kernel, strides, padding, rhs_dilation)
+    if max(at.rates) > 1 and not all(isinstance(n, int) for n in x.shape[1:3]):
+        # Exported for any size: which taps see the image is not known.
+        return forms.native(x, kernel, at, depthwise=False)
+    return forms.conv(x, kernel, _FORM, at)
 
 
 def _by_taps(x: jax.Array, kernel: jax.Array, at: forms.Geometry) -> jax.Array:
@@ -41,16 +44,13 @@ def _by_taps(x: jax.Array, kernel: jax.Array, at: forms.Geometry) -> jax.Array:
             x.shape[1:3], kernel.shape[:2], at.strides, at.pads, at.rates, strict=True
         )
     ]
+    # XLA's CPU backend has no product of bfloat16 with sums in float32.
+    wide, filters = x.astype(jnp.float32), kernel.astype(jnp.float32)
     total = jnp.zeros((x.shape[0], *out, kernel.shape[3]), jnp.float32)
     for u, (read_y, write_y) in enumerate(rows):
         for v, (read_x, write_x) in enumerate(columns):
             if write_y.start < write_y.stop and write_x.start < write_x.stop:
-                product = jnp.einsum(
-                    "bhwc,cf->bhwf",
-                    x[:, read_y, read_x],
-                    kernel[u, v],
-                    preferred_element_type=jnp.float32,
-                )
+                product = jnp.einsum("bhwc,cf->bhwf", wide[:, read_y, read_x], filters[u, v])
                 around = [
                     (s.start, n - s.stop) for s, n in zip((write_y, write_x), out, strict=True)
                 ]
@@ -79,7 +79,7 @@ def _backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, at: forms.Geometry
     dx = jax.vjp(lambda x: _forward(x, kernel, at), x)[1](dy)[0]
     # A product over pixels needs one side transposed. Without the barrier XLA would compute what
     # came before anew, in the transposed order.
-    x, dy = jax.lax.optimization_barrier((x, dy))
+    x, dy = jax.lax.optimization_barrier((x.astype(jnp.float32), dy.astype(jnp.float32)))
     taps = [
         [_tap_gradient(x, dy, kernel.shape, u, v, at) for v in range(kernel.shape[1])]
         for u in range(kernel.shape[0])
@@ -96,10 +96,9 @@ def _tap_gradient(
     if write_y.start >= write_y.stop or write_x.start >= write_x.stop:
         return jnp.zeros(shape[2:], jnp.float32)
     seen, given = x[:, read_y, read_x], dy[:, write_y, write_x]
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     if shape[2] <= shape[3]:
-        return product("bhwc,bhwf->cf", seen, given)
-    return product("bhwf,bhwc->fc", given, seen).T
+        return jnp.einsum("bhwc,bhwf->cf", seen, given)
+    return jnp.einsum("bhwf,bhwc->fc", given, seen).T
 
 
 _FORM = forms.Form(_forward, _backward, depthwise=False)
