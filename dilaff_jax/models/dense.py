@@ -77,9 +77,7 @@ def _forward(x: jax.Array, kernel: jax.Array, at: forms.Geometry) -> jax.Array:
 
 def _backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, at: forms.Geometry) -> forms.Pair:
     dx = jax.vjp(lambda x: _forward(x, kernel, at), x)[1](dy)[0]
-    # A product over pixels needs one side transposed. Without the barrier XLA would compute what
-    # came before anew, in the transposed order.
-    x, dy = jax.lax.optimization_barrier((x.astype(jnp.float32), dy.astype(jnp.float32)))
+    x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     taps = [
         [_tap_gradient(x, dy, kernel.shape, u, v, at) for v in range(kernel.shape[1])]
         for u in range(kernel.shape[0])
@@ -90,15 +88,18 @@ def _backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, at: forms.Geometry
 def _tap_gradient(
     x: jax.Array, dy: jax.Array, shape: Sequence[int], u: int, v: int, at: forms.Geometry
 ) -> jax.Array:
-    """Of one tap, `[C, F]`; the side of fewer channels is the one to be transposed."""
+    """Of one tap, `[C, F]`: the sum over pixels of what it sees times what is given back.
+
+    As a product of two matrices, which XLA's CPU backend takes as they lie; summed over three axes
+    (`bhwc,bhwf->cf`) it would first write one side down transposed.
+    """
     read_y, write_y = _seen(x.shape[1], shape[0], u, at, 0)
     read_x, write_x = _seen(x.shape[2], shape[1], v, at, 1)
     if write_y.start >= write_y.stop or write_x.start >= write_x.stop:
         return jnp.zeros(shape[2:], jnp.float32)
-    seen, given = x[:, read_y, read_x], dy[:, write_y, write_x]
-    if shape[2] <= shape[3]:
-        return jnp.einsum("bhwc,bhwf->cf", seen, given)
-    return jnp.einsum("bhwf,bhwc->fc", given, seen).T
+    seen = x[:, read_y, read_x].reshape(-1, shape[2])
+    given = dy[:, write_y, write_x].reshape(-1, shape[3])
+    return jax.lax.dot_general(seen, given, (((0,), (0,)), ((), ())))
 
 
 _FORM = forms.Form(_forward, _backward, depthwise=False)
