@@ -26,12 +26,14 @@ FORMS = [(depthwise.conv, (1, 4)), (dense.conv, (4, 3))]
 
 
 @pytest.mark.parametrize(("conv", "channels"), FORMS)
-@pytest.mark.parametrize("size", [(9, 12), (8, 1)])
-@pytest.mark.parametrize("padding", ["SAME", "torch", ((2, 1), (0, 3))])
+@pytest.mark.parametrize(
+    ("size", "padding"),
+    [((9, 12), "SAME"), ((9, 12), "torch"), ((9, 12), ((2, 1), (0, 3))), ((8, 1), "torch")],
+)
 @pytest.mark.parametrize(
     ("kernel", "stride", "rate"),
     # At rate 11 only the middle of the filter sees the image.
-    [(3, 1, 1), (3, 2, 1), (5, 2, 1), (5, 1, 2), (3, 2, 3), (1, 2, 1), (3, 1, 11), (3, 2, 7)],
+    [(3, 1, 1), (5, 2, 1), (5, 1, 2), (3, 2, 3), (1, 2, 1), (3, 1, 11)],
 )
 def test_values_and_gradients_are_xlas_own(conv, channels, size, padding, kernel, stride, rate):
     if padding == "torch":
