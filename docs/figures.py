@@ -1,16 +1,12 @@
-"""Draws the pictures of the documentation: python docs/figures.py [WORKDIR].
+"""Draws the pictures of the documentation: python docs/figures.py.
 
-The drawing is committed; a test holds it to what this command makes. With a workdir, the picture of
-results too: the first images of that run's last evaluation. The one committed is the quickstart's,
-`workdirs/quickstart/joint`.
+They are committed; a test holds the drawing to what this command makes. Curves come from results/.
 """
 
 import io
 import json
 import pathlib
-import sys
 
-import cv2
 import numpy as np
 
 from dilaff_jax import affinity
@@ -94,20 +90,12 @@ def scaling(file: pathlib.Path = RESULTS / "propagation_scaling_cpu.json") -> by
     return written.getvalue()
 
 
-def results(workdir: pathlib.Path, rows: int = 3) -> np.ndarray:
-    """The first pictures of a run's last evaluation, one below the other, BGR."""
-    folder = max((workdir / "evaluation").iterdir(), key=lambda path: int(path.name)) / "pictures"
-    return np.concatenate([cv2.imread(str(p)) for p in sorted(folder.glob("*.png"))[:rows]])
-
-
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Writes every picture."""
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
     (IMAGES / "propagation_scaling.svg").write_bytes(scaling())
-    for workdir in arguments[:1]:
-        cv2.imwrite(str(IMAGES / "shapes.png"), results(pathlib.Path(workdir)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
