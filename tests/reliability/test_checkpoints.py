@@ -89,7 +89,10 @@ def workdir(good, tmp_path):
 @pytest.fixture
 def warnings(caplog):
     logging.use_absl_handler()
-    return lambda: "\n".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)  # another test may have left it higher
+    yield lambda: "\n".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    logging.set_verbosity(before)
 
 
 def restored(folder):
