@@ -235,7 +235,7 @@ def _digest(state: Any, position: Any, score: float | None) -> dict[str, str]:
     """CRC-32 of every array of a state, of the data's position and of the score, by name.
 
     Any change within 32 bits is found, another one but for 1 in 2³². Costs one copy of the state
-    to the host; state that is on several devices or hosts is the same on all, so each takes its own.
+    to the host; state on several devices or hosts is the same on all, so each takes its own.
     """
 
     def crc(array: Any) -> str:
