@@ -18,8 +18,9 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "ablate", "preflight", *commands.MODES],
+    ["train", "eval", "ablate", "study", "preflight", *commands.MODES],
     "train: train and evaluate. eval: evaluate the best state. ablate: compare arms over seeds. "
+    "study: compare changes of the config. "
     "predict: segment files. preflight: compile for a slice, say what it needs.",
 )
 TOPOLOGY = flags.DEFINE_string("topology", "auto", "preflight: a TPU slice such as v5e:4x4.")
@@ -54,10 +55,10 @@ def main(arguments: Sequence[str]) -> None:
                 evaluate.evaluate_run(config, workdir)
             case "preflight":
                 preflight.run(config, workdir, TOPOLOGY.value)
-            case "ablate":
-                from dilaff_jax.ablation import run as ablation
+            case "ablate" | "study":
+                from dilaff_jax.ablation import run, study
 
-                ablation.ablate(config, workdir)
+                {"ablate": run.ablate, "study": study.study}[MODE.value](config, workdir)
     except train.Preempted as stop:
         logging.warning("%s", stop)
         sys.exit(128 + 15)  # as after SIGTERM, so that a scheduler starts it again

@@ -147,7 +147,7 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(data_dir, tmp_path
     other.optim.learning_rate = 0.5
     (run_.workdir / "config.json").write_text(other.to_json_best_effort())
     with pytest.raises(ValueError, match=r"optim.learning_rate: found 0.5, wanted 0.05"):
-        arms.train_all([run_], tmp_path)
+        arms.train_all([run_])
 
 
 def test_a_folder_of_a_run_that_gives_the_same_weights_is_taken(data_dir, tmp_path):
@@ -195,7 +195,7 @@ def test_joint_without_affinity_loss_is_refused(data_dir):
 
 def test_a_request_to_stop_ends_what_is_between_trainings(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(train.Preempted, match="run again"), run._stopping_cleanly(tmp_path):
+    with pytest.raises(train.Preempted, match="run again"), run.stopping_cleanly(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -212,19 +212,19 @@ def test_a_request_to_stop_while_a_run_is_set_up_reaches_it_and_ends_the_ablatio
         training(False)
         ended.append("not reached")
 
-    with pytest.raises(train.Preempted), run._stopping_cleanly(tmp_path) as training:
+    with pytest.raises(train.Preempted), run.stopping_cleanly(tmp_path) as training:
         train_to_the_end(training)
     assert ended == ["the run"]
 
 
 def test_time_left_is_that_of_the_same_arm(data_dir, tmp_path):
     runs = arms.runs(make_config(data_dir, seeds=(0, 1)), tmp_path)
-    clock = arms.Clock(tmp_path / "seconds.json")
+    clock = arms.Clock(runs)
     assert "unknown" in clock.left(runs)
     clock.add(runs[0], 600)
     clock.add(runs[1], 1200)
     clock.add(runs[4], 300)  # joint of seed 1, stopped on its way
-    assert arms.Clock(tmp_path / "seconds.json").left([runs[3], runs[4]]).startswith("about 25 min")
+    assert arms.Clock(runs).left([runs[3], runs[4]]).startswith("about 25 min")
 
 
 # Selection.
@@ -344,7 +344,7 @@ def test_swept_labels_are_those_of_one_operator_alone(study):
 
 def test_edges_are_counted_as_the_metrics_count_them(study):
     found = study().chosen_on["joint"][0]
-    labels = outputs.padded_labels(found, np.arange(len(found)))
+    labels = outputs.padded_labels(found, np.arange(len(found)), len(found))
     coarse = affinity.downsample_labels(labels, found.edges.shape[1:3])
     edges = found.edges.astype(np.float32)
 

@@ -1,12 +1,14 @@
 """The trained arms: their configs, and training what is not trained yet."""
 
+import contextlib
 import copy
 import dataclasses
+import fcntl
 import gc
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -75,14 +77,14 @@ def arm_config(config: ml_collections.ConfigDict, arm: str, seed: int) -> ml_col
     return result
 
 
-def train_all(
-    todo: Sequence[Run], workdir: pathlib.Path, training: Callable[[bool], None] = lambda _: None
-) -> None:
+def train_all(todo: Sequence[Run], training: Callable[[bool], None] = lambda _: None) -> None:
     """Trains or resumes what is not complete, one run after the other.
+
+    Several processes may share the work, on one machine or on a disk that all see: each takes the
+    next run that no other holds, and waits at the end for those that others hold.
 
     Args:
         todo: the runs, in their order.
-        workdir: of the ablation.
         training: is told when a run begins (True) and ends.
 
     Raises:
@@ -91,24 +93,51 @@ def train_all(
     """
     for run in todo:
         check_folder(run)
-    clock = Clock(workdir / "seconds.json")
-    for number, run in enumerate(todo, start=1):
-        title = f"== {number} of {len(todo)}: {run}"
-        if run.complete:
-            tqdm.write(f"{title}: trained ==")
-            continue
-        left = [other for other in todo[number - 1 :] if not other.complete]
-        tqdm.write(f"{title}; {clock.left(left)} ==")
-        started = time.perf_counter()
-        training(True)
+    clock, left = Clock(todo), list(todo)
+    while left:
+        for run in list(left):
+            with claimed(run.workdir / "training.lock", wait=False) as mine:
+                if mine:
+                    left.remove(run)
+                    _train(run, clock, todo, training)
+        # What is left is held by others; the first of it is waited for.
+        if left:
+            with claimed(left[0].workdir / "training.lock", wait=True):
+                pass
+
+
+def _train(run: Run, clock: "Clock", todo: Sequence[Run], training: Callable[[bool], None]) -> None:
+    title = f"== {todo.index(run) + 1} of {len(todo)}: {run}"
+    if run.complete:
+        tqdm.write(f"{title}: trained ==")
+        return
+    tqdm.write(f"{title}; {clock.left([r for r in todo if not r.complete])} ==")
+    started = time.perf_counter()
+    training(True)
+    try:
+        train.train_and_evaluate(run.config, run.workdir)
+    finally:
+        clock.add(run, time.perf_counter() - started)
+        # Arms are other programs; what the last one compiled and held is of no use.
+        jax.clear_caches()
+        gc.collect()
+    training(False)
+
+
+@contextlib.contextmanager
+def claimed(path: pathlib.Path, wait: bool) -> Iterator[bool]:
+    """Holds the lock file `path` while it lasts; yields whether it could be had.
+
+    The system lets go of it when the process ends, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         try:
-            train.train_and_evaluate(run.config, run.workdir)
-        finally:
-            clock.add(run, time.perf_counter() - started)
-            # Arms are other programs; what the last one compiled and held is of no use.
-            jax.clear_caches()
-            gc.collect()
-        training(False)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def check_folder(run: Run) -> None:
@@ -160,27 +189,32 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 class Clock:
     """Seconds spent on each run, over all calls; says how long the rest will take."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of every run that was begun, as its folder has it."""
+        paths = {str(run): run.workdir / "seconds.json" for run in self._runs}
+        return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
 
     def add(self, run: Run, seconds: float) -> None:
         """Adds the time of one call."""
-        self.seconds[str(run)] = self.seconds.get(str(run), 0.0) + seconds
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.seconds, indent=1) + "\n")
-        part.replace(self._path)
+        path = run.workdir / "seconds.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self.seconds.get(str(run), 0.0) + seconds) + "\n")
+        part.replace(path)
 
     def left(self, todo: Sequence[Run]) -> str:
         """Such as "about 35 min left"; from the mean over what was trained, by arm if it can."""
-        done = {name: s for name, s in self.seconds.items() if name not in map(str, todo)}
+        seconds = self.seconds
+        done = {name: s for name, s in seconds.items() if name not in map(str, todo)}
         if not done:
             return "time left unknown until one is trained"
         total = 0.0
         for run in todo:
             of_arm = [s for name, s in done.items() if name.startswith(f"{run.arm},")]
             known = of_arm or list(done.values())
-            spent = self.seconds.get(str(run), 0.0)
-            total += max(0.0, sum(known) / len(known) - spent)
+            total += max(0.0, sum(known) / len(known) - seconds.get(str(run), 0.0))
         return f"about {max(1, round(total / 60))} min of training left"

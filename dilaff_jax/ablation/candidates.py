@@ -131,8 +131,7 @@ def edge_histograms(outputs: Outputs, rows: int) -> dict[str, np.ndarray]:
     offsets = tuple(map(tuple, np.asarray(outputs.offsets).tolist()))
     total: dict[str, np.ndarray] = {}
     for batch in outputs.batches(rows):
-        labels = np.full((rows, *outputs.size), affinity.IGNORE_LABEL, np.uint8)
-        labels[: len(batch.indices)] = outputs_lib.padded_labels(outputs, batch.indices)
+        labels = outputs_lib.padded_labels(outputs, batch.indices, rows)
         counts = jax.device_get(_edge_counts(batch.logits, batch.edges, labels, offsets))
         total = metrics.add(total, counts) if total else metrics.add(counts)
     return total

@@ -28,6 +28,9 @@ def default() -> ml_collections.ConfigDict:
     rival's entry it is left out. rival_images: they are selected on so many images, evenly
     spread; 0 for all.
 
+    changes: {name: nested dict of changes to the config}; `--mode study` trains a network with
+    each, beside baseline and joint.
+
     processes: for DenseCRF; 0 for one a core. resamples: of the bootstrap over images. pictures:
     how many of the best, of the median and of the worst images are drawn. repeats: of each timing.
     """
@@ -64,6 +67,7 @@ def default() -> ml_collections.ConfigDict:
                 "pamr": {"steps": (1, 3, 10), "temperature": (0.1, 0.3)},
             },
             "rival_images": 0,
+            "changes": {},
             "processes": 0,
             "resamples": 2000,
             "pictures": 2,

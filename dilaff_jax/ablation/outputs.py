@@ -194,9 +194,9 @@ def probabilities(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jax.nn.softmax(resize.bilinear(logits, size))
 
 
-def padded_labels(outputs: Outputs, indices: np.ndarray) -> np.ndarray:
-    """Labels at the size of the padded images, 255 where there is no image: `[B, H, W]`."""
-    result = np.full((len(indices), *outputs.size), affinity.IGNORE_LABEL, np.uint8)
+def padded_labels(outputs: Outputs, indices: np.ndarray, rows: int) -> np.ndarray:
+    """Labels at the size of the padded images, 255 where there is no image: `[rows, H, W]`."""
+    result = np.full((rows, *outputs.size), affinity.IGNORE_LABEL, np.uint8)
     for row, index in enumerate(indices):
         label = outputs.source[int(index)]["label"]
         result[row, : label.shape[0], : label.shape[1]] = label

@@ -39,7 +39,8 @@ ByArm = dict[str, list[Outputs]]
 def ablate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains what is not trained, selects, evaluates; writes and returns `ablation.json`.
 
-    Stopped at any moment and started again, it goes on where it was.
+    Stopped at any moment and started again, it goes on where it was. Started several times at
+    once, on one machine or on a disk that all see, the processes share the training.
 
     Raises:
         ValueError: the config cannot be; a folder holds a run of another config.
@@ -52,20 +53,27 @@ def ablate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str
             f"{jax.process_count()} processes: an ablation runs in one. Train its runs as ordinary "
             "runs in WORKDIR/ARM/seed-N with several, then start it with one"
         )
-    with _stopping_cleanly(workdir) as training:
+    with stopping_cleanly(workdir) as training:
         todo = arms.runs(config, workdir)
-        arms.train_all(todo, workdir, training)
-        started = time.perf_counter()
-        study = Study(config, todo)
-        with colour.pool(config.ablate.processes) as executor:
-            study.select(executor)
-            study.count(executor)
-            drawn = showcase.draw(study, workdir / "pictures", executor)
-        costs = expense.measure(study, workdir)
-        result = summary.make(study, costs, drawn, time.perf_counter() - started)
-        _write(workdir / "ablation.json", result)
-        print(table(result))
-        _render(workdir)
+        arms.train_all(todo, training)
+        # Of several processes that shared the training, one goes through what follows at a time;
+        # the others find its results kept.
+        with arms.claimed(workdir / "analysis.lock", wait=True):
+            result = _analyse(Study(config, todo), workdir)
+    return result
+
+
+def _analyse(study: "Study", workdir: pathlib.Path) -> dict[str, Any]:
+    started = time.perf_counter()
+    with colour.pool(study.config.ablate.processes) as executor:
+        study.select(executor)
+        study.count(executor)
+        drawn = showcase.draw(study, workdir / "pictures", executor)
+    costs = expense.measure(study, workdir)
+    result = summary.make(study, costs, drawn, time.perf_counter() - started)
+    write(workdir / "ablation.json", result)
+    print(table(result))
+    _render(workdir)
     return result
 
 
@@ -187,7 +195,8 @@ def table(result: dict[str, Any]) -> str:
     return reporting.table(title, ["", *figures.values()], rows)
 
 
-def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
+def write(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Writes a result as JSON, at once, and says where."""
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(result, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
     part.replace(path)
@@ -209,7 +218,7 @@ def _render(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _stopping_cleanly(workdir: pathlib.Path) -> Iterator[Callable[[bool], None]]:
+def stopping_cleanly(workdir: pathlib.Path) -> Iterator[Callable[[bool], None]]:
     """Makes a request to stop an exception; the value says whether a run trains.
 
     A run that trains saves its step first, by a handler of its own. Until it listens, threads of

@@ -6,7 +6,7 @@ other images show the difference between *these* networks? It says nothing of ot
 is all there is with one seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,12 @@ def seed_interval(differences: Sequence[float]) -> list[float] | None:
         return None
     half = scipy.stats.t.ppf((1 + LEVEL) / 2, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
     return [float(d.mean() - half), float(d.mean() + half)]
+
+
+def paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The difference of two of `spread`'s results, seed by seed, with its interval over seeds."""
+    found = [a - b for a, b in zip(one["values"], other["values"], strict=True)]
+    return spread(found) | {"over_seeds": seed_interval(found)}
 
 
 def draws(images: int, resamples: int, seed: int = 0) -> np.ndarray:

@@ -1,0 +1,188 @@
+"""The study: changes of one config, compared on the selection split; and processes that share runs."""
+
+import fcntl
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dilaff_jax import affinity
+from dilaff_jax.ablation import agreement, arms, candidates, outputs, study
+from tests import planted, test_ablate
+
+data_dir = test_ablate.data_dir
+CHANGES = {"fine": {"model": {"affinity": {"stride": 2}}}, "weak": {"loss": {"affinity": 0.1}}}
+
+
+def make_config(data_dir, **changes):
+    return test_ablate.make_config(data_dir, changes=changes or CHANGES)
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("study")
+    config = make_config(data_dir)
+    config.num_steps = 2
+    seen, compute = [], outputs.compute
+
+    def spy(run_, split):
+        seen.append(split)
+        return compute(run_, split)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "compute", spy)
+        found = study.study(config, workdir)
+    return {"found": found, "workdir": workdir, "splits": set(seen), "config": config}
+
+
+def test_every_change_is_a_network_of_its_own(whole):
+    rows = whole["found"]["rows"]
+    assert list(rows) == ["baseline", "joint", "fine", "weak"]
+    assert rows["fine"]["gflop"] > rows["joint"]["gflop"] > rows["baseline"]["gflop"]
+    assert rows["weak"]["gflop"] == rows["joint"]["gflop"]
+    assert "refined" not in rows["baseline"]
+    for name in ("joint", "fine", "weak"):
+        assert 0 <= rows[name]["refined"]["miou"]["mean"] <= 1
+        assert rows[name]["configured"]["operator"].startswith("signed")
+        assert (whole["workdir"] / name / "seed-3" / "config.json").exists()
+
+
+def test_the_selected_is_never_below_doing_nothing(whole):
+    for row in whole["found"]["rows"].values():
+        if "refined" in row:
+            assert row["refined"]["miou"]["mean"] >= row["plain"]["miou"]["mean"]
+            assert row["refined"]["miou"]["mean"] >= row["configured"]["miou"]["mean"]
+
+
+def test_the_report_split_stays_unseen(whole):
+    assert whole["splits"] == {"validation"}
+
+
+def test_differences_are_paired_by_seed(whole):
+    found, rows = whole["found"]["differences"]["fine"], whole["found"]["rows"]
+    expected = rows["fine"]["refined"]["miou"]["mean"] - rows["baseline"]["plain"]["miou"]["mean"]
+    assert found["refined minus baseline"]["miou"]["mean"] == pytest.approx(expected, abs=1e-5)
+    assert "refined minus joint" in found
+    assert list(whole["found"]["differences"]["baseline"]) == [
+        "plain minus baseline", "plain minus joint",
+    ]  # fmt: skip
+
+
+def test_the_plain_figures_of_the_baseline_are_those_of_its_evaluation(whole):
+    folder = whole["workdir"] / "baseline" / "seed-3"
+    expected = test_ablate.train.evaluate.last_results(folder).scalars["plain/miou"]
+    found = whole["found"]["rows"]["baseline"]["plain"]["miou"]["mean"]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"joint": {"seed": 1}}, "'joint', which every study has"),
+        ({"typo": {"loss": {"afinity": 1.0}}}, "changes, typo: .*afinity"),
+        ({"stride": {"model": {"affinity": {"stride": 3}}}}, "changes, stride: affinity.stride"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused_by_name(changes, message, data_dir, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        study.study(make_config(data_dir, **changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# Agreement of errors.
+
+
+def test_pairs_are_counted_as_loops_count_them(data_dir, tmp_path):
+    config = test_ablate.make_config(data_dir)
+    run = arms.Run("joint", 0, config, tmp_path)
+    found, bias = planted.compute(run, "validation"), np.array([-1.0, 0.5])
+    expected = np.zeros((2, 2, 2, 2), int)
+    labels = outputs.padded_labels(found, np.arange(len(found)), len(found))
+    coarse = np.asarray(affinity.downsample_labels(labels, found.edges.shape[1:3]))
+    classes = found.logits.argmax(-1)
+    for n, k in np.ndindex(len(found), len(found.offsets)):
+        dy, dx = found.offsets[k]
+        for y, x in np.ndindex(*coarse.shape[1:]):
+            y2, x2 = y + dy, x + dx
+            inside = 0 <= y2 < coarse.shape[1] and 0 <= x2 < coarse.shape[2]
+            if not inside or 255 in (coarse[n, y, x], coarse[n, y2, x2]):
+                continue
+            same = coarse[n, y, x] == coarse[n, y2, x2]
+            says = classes[n, y, x] == classes[n, y2, x2]
+            head = found.edges[n, y, x, k] > bias[k // 8]
+            expected[k // 8, int(same), int(says == same), int(head == same)] += 1
+    assert (agreement.count(found, bias, 2) == expected).all()
+
+
+def test_errors_that_fall_together_cannot_be_mended():
+    together = np.array([[[[10, 0], [0, 90]]] * 2])
+    found = agreement.figures(together, [1])
+    assert found["d1/phi"] == pytest.approx(1)
+    assert (found["d1/mendable"], found["d1/spoilable"]) == (0, 0)
+
+
+def test_independent_errors_have_no_correlation():
+    found = agreement.figures(np.array([[[[1, 9], [9, 81]]] * 2]), [1])
+    assert found["mean/phi"] == pytest.approx(0)
+    assert found["mean/mendable"] == pytest.approx(0.9)
+    assert found["mean/spoilable"] == pytest.approx(0.1)
+
+
+def test_correlation_is_that_of_numpy_with_both_kinds_of_pairs_alike():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 50, (1, 2, 2, 2))
+    weights, first, second = [], [], []
+    for kind, s, h in np.ndindex(2, 2, 2):
+        weights.append(counts[0, kind, s, h] / counts[0, kind].sum())
+        first.append(s)
+        second.append(h)
+    covariance = np.cov(first, second, aweights=weights)
+    expected = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+    assert agreement.figures(counts, [4])["d4/phi"] == pytest.approx(expected)
+
+
+# Several processes.
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(data_dir, tmp_path, monkeypatch):
+    """It is waited for only when nothing else is left, and trained if the other died."""
+    todo = arms.runs(test_ablate.make_config(data_dir, arms=("baseline", "joint")), tmp_path)
+    held = todo[0].workdir / "training.lock"
+    held.parent.mkdir(parents=True)
+    script = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"held\n"
+    trained = []
+
+    def train_one(run_config, workdir):
+        trained.append(workdir.parent.name)
+        if len(trained) == 1:
+            other.kill()  # dies without having trained it
+
+    monkeypatch.setattr(arms.train, "train_and_evaluate", train_one)
+    arms.train_all(todo)
+    other.wait()
+    assert trained == ["joint", "baseline"]
+
+
+def test_a_lock_that_is_held_is_not_had_twice(tmp_path):
+    with arms.claimed(tmp_path / "lock", wait=False) as mine:
+        assert mine
+        with (tmp_path / "lock").open("a") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with arms.claimed(tmp_path / "lock", wait=False) as again:
+            assert not again
+    with arms.claimed(tmp_path / "lock", wait=False) as free:
+        assert free
+
+
+def test_a_studys_grid_has_the_operator_that_was_trained_through(whole):
+    configured = study._candidate(whole["config"].refine)
+    assert configured not in candidates.grid(whole["config"].ablate.grid.to_dict())
+    assert configured.operator == "signed"
