@@ -26,6 +26,9 @@ CONFIGS = sorted(
     if path.stem != "__init__"
 )
 CLASSES = {"shapes": 8, "camvid": 11, "voc2012_seg": 21, "cityscapes": 19, "scene_parse150": 150}
+FACADE = "building,car,door,pavement,road,sky,vegetation,window"
+FACADE_SET = "image_folder/labelmefacade"
+CLASSES[FACADE_SET] = len(FACADE.split(","))
 
 
 def get_config(name):
@@ -34,17 +37,22 @@ def get_config(name):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """All five data sets in miniature, from archives of the official layouts."""
+    """All data sets in miniature, from archives of the official layouts."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")
     data_files.tiny_shapes(target, train=4)
     (target / "shapes" / "tiny" / "1.0.0").rename(target / "shapes" / "1.0.0")
     for split in ("train", "val"):
         images, masks = f"{split}/images", f"{split}/labels"
-        write_camvid(source / "camvid", [f"0001TP_{split}"], images, masks, 255)
+        frames = [f"{sequence}_{split}" for sequence in ("0001TP", "0006R0")]
+        write_camvid(source / "camvid", frames, images, masks, 255)
+        names = ("spatial_a", "static_b")
+        data_files.image_folder(source / "facade", names, split, CLASSES[FACADE_SET])
     prepare.prepare("camvid", target, source / "camvid")
     prepare.prepare("voc2012_seg", target, write_voc(source / "voc"), SMALL_VOC)
     prepare.prepare("cityscapes", target, write_cityscapes(source / "city"))
     prepare.prepare("scene_parse150", target, write_ade(source / "ade"))
+    options = datasets.builder_class("image_folder").options_type(classes=FACADE)
+    prepare.prepare(FACADE_SET, target, source / "facade", options)
     return target
 
 
