@@ -80,6 +80,7 @@ def test_the_plain_figures_of_the_baseline_are_those_of_its_evaluation(whole):
     ("changes", "message"),
     [
         ({"joint": {"seed": 1}}, "'joint', which every study has"),
+        ({"../up": {"seed": 1}}, "'../up', which names a folder"),
         ({"typo": {"loss": {"afinity": 1.0}}}, "changes, typo: .*afinity"),
         ({"stride": {"model": {"affinity": {"stride": 3}}}}, "changes, stride: affinity.stride"),
     ],

@@ -11,6 +11,7 @@ hundred images that flatters little, but it never falls below doing nothing.
 
 import copy
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,10 @@ def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[arms.
     for name, change in config.ablate.changes.to_dict().items():
         if name in named:
             raise ValueError(f"ablate.changes has {name!r}, which every study has; rename it")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(
+                f"ablate.changes has {name!r}, which names a folder: letters, digits, _-"
+            )
         named[name] = "joint", changed(config, change)
     for name, (arm, of_arm) in named.items():
         try:
