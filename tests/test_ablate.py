@@ -357,6 +357,20 @@ def test_edges_are_counted_as_the_metrics_count_them(study):
     np.testing.assert_array_equal(candidates.edge_histograms(found, 2)["head"], expected)
 
 
+def test_a_part_of_the_fitted_bias_is_a_candidate():
+    fitted = np.array([-2.0, -1.0])
+    np.testing.assert_allclose(candidates.resolved("fitted", fitted), fitted)
+    np.testing.assert_allclose(candidates.resolved("fitted*0.25", fitted), [-0.5, -0.25])
+    assert candidates.resolved(-2.0, fitted) == -2
+
+
+@pytest.mark.parametrize("bias", ["half", "fitted*", "fitted*x", "fitted/2"])
+def test_a_bias_that_cannot_be_is_refused_before_anything_is_trained(bias, data_dir, tmp_path):
+    with pytest.raises(ValueError, match="expected a number, 'fitted' or"):
+        run.ablate(make_config(data_dir, grid=grid(signed={"bias": (bias,)})), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("entry", [{"steps": 3}, {"steps": ()}, {"bias": "fitted"}])
 def test_a_grid_without_values_is_refused(entry):
     with pytest.raises(ValueError, match="expected a tuple of values"):

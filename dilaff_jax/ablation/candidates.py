@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ FITTED = "fitted"
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One operator with its options; `bias` may be `FITTED`, which each run resolves for itself."""
+    """One operator with its options; a fitted `bias` is resolved by each run for itself."""
 
     operator: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -45,7 +46,7 @@ def grid(config: Mapping[str, Any]) -> list[Candidate]:
         config: {label: {option: values}}, "name" for an operator other than the label.
 
     Raises:
-        ValueError: an option without values.
+        ValueError: an option without values, or a bias that cannot be.
     """
     found = [IDENTITY]
     for label, entry in config.items():
@@ -56,6 +57,8 @@ def grid(config: Mapping[str, Any]) -> list[Candidate]:
                 raise ValueError(
                     f"ablate grid {label}.{option} is {values!r}; expected a tuple of values"
                 )
+        for bias in entry.get("bias", ()):
+            resolved(bias, np.zeros(1))
         for values in itertools.product(*entry.values()):
             found.append(Candidate(operator, tuple(zip(entry, values, strict=True))))
     return list(dict.fromkeys(found))
@@ -116,8 +119,8 @@ def groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
 def operator(candidate: Candidate, bias: np.ndarray) -> propagate.Operator:
     """The operator itself, with the fitted bias where it says so."""
     options = dict(candidate.options)
-    if options.get("bias") == FITTED:
-        options["bias"] = np.asarray(bias, np.float32)
+    if "bias" in options:
+        options["bias"] = resolved(options["bias"], bias)
     return propagate.operator(candidate.operator, **options)
 
 
@@ -188,7 +191,24 @@ def _bias(candidate: Candidate, fitted: np.ndarray, offsets: np.ndarray | None) 
     """`[K]`."""
     assert offsets is not None
     bias = dict(candidate.options).get("bias", 0.0)
-    return propagate.per_offset(fitted if bias == FITTED else bias, offsets)
+    return propagate.per_offset(resolved(bias, fitted), offsets)
+
+
+def resolved(bias: Any, fitted: np.ndarray) -> Any:
+    """What a candidate's bias is in numbers: "fitted*0.5" is half of the fitted one.
+
+    Raises:
+        ValueError: a text that is not "fitted" or "fitted*NUMBER".
+    """
+    if not isinstance(bias, str):
+        return bias
+    match = re.fullmatch(FITTED + r"(?:\*([\d.]+))?", bias)
+    if match is None:
+        raise ValueError(
+            f"ablate grid has the bias {bias!r}; expected a number, {FITTED!r} or '{FITTED}*0.5'"
+        )
+    share = float(match[1] or 1)
+    return np.asarray(share * fitted, np.float32)
 
 
 def _is_static(option: str, value: Any) -> bool:

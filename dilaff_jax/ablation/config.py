@@ -24,9 +24,10 @@ def default() -> ml_collections.ConfigDict:
     grid: {label: {option: values}} of propagation; every combination is a candidate, and so is
     doing nothing. The label is the operator's name for `propagate.operator`, unless the key name
     gives it. bias: "fitted" takes the one fitted to each run on the selection split, one a
-    dilation; a number is the same for all. rivals: {dense_crf: ..., pamr: ...} likewise; without a
-    rival's entry it is left out. rival_images: they are selected on so many images, evenly
-    spread; 0 for all.
+    dilation; "fitted*0.5" half of it (the fitted one calibrates and smooths most; nearer to 0, more
+    of the edges that the head sees are kept); a number is the same for all. rivals: {dense_crf:
+    ..., pamr: ...} likewise; without a rival's entry it is left out. rival_images: they are
+    selected on so many images, evenly spread; 0 for all.
 
     changes: {name: nested dict of changes to the config}; `--mode study` trains a network with
     each, beside baseline and joint.
@@ -46,14 +47,13 @@ def default() -> ml_collections.ConfigDict:
                 "random_walk": {
                     "steps": (1, 3, 5),
                     "sharpness": (1.0, 4.0, 8.0),
-                    "threshold": (0.0, 0.5),
                     "restart": (0.0, 0.3),
-                    "bias": ("fitted", 0.0),
+                    "bias": ("fitted", "fitted*0.5", 0.0),
                 },
                 "signed": {
                     "steps": (3, 5, 10),
-                    "strength": (0.01, 0.02, 0.05, 0.1, 0.2),
-                    "bias": ("fitted", -2.0, 0.0),
+                    "strength": (0.02, 0.05, 0.1, 0.2),
+                    "bias": ("fitted", "fitted*0.5", "fitted*0.25", 0.0),
                 },
             },
             "rivals": {

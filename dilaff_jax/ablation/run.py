@@ -48,6 +48,7 @@ def ablate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str
     """
     train.check(config)
     ablation_config.check(config)
+    candidates.grid(config.ablate.grid.to_dict())  # said before anything is trained
     if jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes: an ablation runs in one. Train its runs as ordinary "

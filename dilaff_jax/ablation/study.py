@@ -61,6 +61,7 @@ def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[arms.
     """Baseline, joint, then a run for each change, all of one seed before the next seed."""
     train.check(config)
     ablation_config.check(config)
+    candidates.grid(config.ablate.grid.to_dict())  # said before anything is trained
     named: dict[str, tuple[str, ml_collections.ConfigDict]] = {
         "baseline": ("baseline", config),
         "joint": ("joint", config),
