@@ -12,7 +12,7 @@ also in the training split, so levels overstate the test split; differences are 
 
     ... --mode study --config.num_steps=250 --config.batch_size=12 --config.ablate.seeds="(0,)"
 
-compares heads and losses on 0006R0 alone.
+compares a finer grid of affinities, and training through the propagation, on 0006R0 alone.
 """
 
 import ml_collections
@@ -28,4 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.hold_out = ("0006R0",)
     config.ablate.update({"selection_split": "held_out", "report_split": "validation"})
     config.ablate.criterion = "miou+boundary_f"
+    with config.ignore_type():
+        config.ablate.changes = {
+            "stride_2": {"model": {"affinity": {"stride": 2, "width": 32}}},
+            "through": {"loss": {"refined": 1.0}},
+        }
     return config

@@ -22,4 +22,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update({"dataset": "image_folder/labelmefacade", "hold_out": ("spatial_",)})
     config.data.crop_size = (160, 160)
     config.loss.segmentation_options = {}
+    config.ablate.changes = {}
     return config

@@ -4,15 +4,13 @@ r"""What decides the gain, on `shapes`: one small network a change of head, loss
     python -m dilaff_jax.main --config configs/shapes_study.py \
         --workdir workdirs/shapes_study --mode study
 
-Twenty networks of four minutes each on one CPU core; started several times at once, the processes
+Sixteen networks of about four minutes each on one CPU core; started several times at once, the processes
 share them. docs/findings.md says what was found (results/study_shapes.json).
 """
 
 import ml_collections
 
 from configs import shapes_quickstart
-
-SOURCES = ("decoder", "stride4", "stride2", "image")
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -22,17 +20,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.ablate.criterion = "miou+boundary_f"
     config.ablate.update({"selection_split": "validation", "seeds": (0,)})
     head = {
-        **{f"reads_{name}": {"sources": (name,)} for name in SOURCES},
-        "reads_all": {"sources": SOURCES},
+        "reads_decoder": {"sources": ("decoder",)},
+        "reads_stride2": {"sources": ("stride2",)},
+        "reads_all": {"sources": ("decoder", "stride4", "stride2", "image")},
         "stride_2": {"stride": 2},
         "stride_1": {"stride": 1},
         "dilations_1": {"dilations": (1,)},
-        "dilations_1_2": {"dilations": (1, 2)},
         "dilations_1_to_16": {"dilations": (1, 2, 4, 8, 16)},
         "symmetric": {"symmetric": True},
     }
     loss = {
-        **{name: {"affinity_loss": name} for name in ("bce", "focal", "ohem", "max_pooling")},
+        "bce": {"affinity_loss": "bce"},
+        "focal": {"affinity_loss": "focal"},
         "lambda_quarter": {"affinity": 0.25},
         "lambda_4": {"affinity": 4.0},
         "soft_targets": {"soft_targets": True},
@@ -40,10 +39,6 @@ def get_config() -> ml_collections.ConfigDict:
     }
     changes = {name: {"model": {"affinity": change}} for name, change in head.items()}
     changes |= {name: {"loss": change} for name, change in loss.items()}
-    changes["stride_2_through"] = {
-        "model": {"affinity": {"stride": 2}},
-        "loss": {"refined": 1.0},
-    }
     with config.ignore_type():
         config.ablate.changes = changes
     return config

@@ -6,6 +6,7 @@ They are committed; a test holds the drawing to what this command makes. Curves 
 import io
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -68,15 +69,8 @@ def _legend(row: int, left: int, color: str, text: str) -> str:
 
 def scaling(file: pathlib.Path = RESULTS / "propagation_scaling_cpu.json") -> bytes:
     """An SVG of the curves that `python -m benchmarks.propagation_scaling` measured."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    # Neither random names nor the date, so that the same numbers give the same file.
-    matplotlib.rcParams["svg.hashsalt"] = "dilaff_jax"
-    import matplotlib.pyplot as plt
-
     curves = json.loads(file.read_text())["curves"]
-    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3), layout="constrained")
+    figure, axes = _subplots(len(curves), 12, 3)
     for axis, curve, color in zip(axes, curves, COLORS, strict=False):
         x = [point[curve["curve"]] for point in curve["points"]]
         y = [1e3 * point["median_seconds"] for point in curve["points"]]
@@ -85,6 +79,44 @@ def scaling(file: pathlib.Path = RESULTS / "propagation_scaling_cpu.json") -> by
         axis.set_xlabel(curve["curve"])
         axis.grid(which="both", color="#e0e0e0", linewidth=0.5)
     axes[0].set_ylabel("median ms")
+    return _svg(figure)
+
+
+def study(file: pathlib.Path) -> bytes:
+    """An SVG of a study: plain and refined figures of the baseline and of every change."""
+    rows = json.loads(file.read_text())["rows"]
+    names = list(rows)
+    figure, axes = _subplots(2, 10, 0.6 + 0.28 * len(rows))
+    for axis, (key, title) in zip(
+        axes, (("miou", "mean IoU, %"), ("boundary_f", "boundary F, %")), strict=True
+    ):
+        for y, row in enumerate(rows.values()):
+            plain = 100 * row["plain"][key]["mean"]
+            refined = 100 * row.get("refined", row["plain"])[key]["mean"]
+            axis.plot([plain, refined], [y, y], color="#b0b0b0", zorder=1)
+            axis.scatter([plain], [y], facecolor="white", edgecolor=COLORS[0], zorder=2)
+            if "refined" in row:
+                axis.scatter([refined], [y], color=COLORS[3], zorder=3)
+        axis.axvline(100 * rows["baseline"]["plain"][key]["mean"], color="#b0b0b0", linestyle=":")
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names))
+        axis.set_title(f"{title}: plain \N{WHITE CIRCLE}, refined \N{BLACK CIRCLE}")
+        axis.invert_yaxis()
+        axis.grid(axis="x", color="#e0e0e0", linewidth=0.5)
+    return _svg(figure)
+
+
+def _subplots(columns: int, width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    # Neither random names nor the date, so that the same numbers give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "dilaff_jax"
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> bytes:
     written = io.BytesIO()
     figure.savefig(written, format="svg", metadata={"Date": None})
     return written.getvalue()
@@ -95,6 +127,8 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
     (IMAGES / "propagation_scaling.svg").write_bytes(scaling())
+    for file in sorted(RESULTS.glob("study_*.json")):
+        (IMAGES / f"{file.stem}.svg").write_bytes(study(file))
 
 
 if __name__ == "__main__":

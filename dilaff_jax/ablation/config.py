@@ -52,7 +52,7 @@ def default() -> ml_collections.ConfigDict:
                 },
                 "signed": {
                     "steps": (3, 5, 10),
-                    "strength": (0.02, 0.05, 0.1, 0.2),
+                    "strength": (0.05, 0.1, 0.2, 0.3),
                     "bias": ("fitted", "fitted*0.5", "fitted*0.25", 0.0),
                 },
             },
