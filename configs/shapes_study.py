@@ -4,8 +4,8 @@ r"""What decides the gain, on `shapes`: one small network a change of head, loss
     python -m dilaff_jax.main --config configs/shapes_study.py \
         --workdir workdirs/shapes_study --mode study
 
-Sixteen networks of about four minutes each on one CPU core; started several times at once, the processes
-share them. docs/findings.md says what was found (results/study_shapes.json).
+Sixteen networks of about four minutes each on one CPU core; started several times at once, the
+processes share them. docs/findings.md says what was found (results/study_shapes.json).
 """
 
 import ml_collections
