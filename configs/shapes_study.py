@@ -8,6 +8,8 @@ Sixteen networks of about four minutes each on one CPU core; started several tim
 processes share them. docs/findings.md says what was found (results/study_shapes.json).
 """
 
+from typing import Any
+
 import ml_collections
 
 from configs import shapes_quickstart
@@ -19,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint_every = 280
     config.ablate.criterion = "miou+boundary_f"
     config.ablate.update({"selection_split": "validation", "seeds": (0,)})
-    head = {
+    head: dict[str, dict[str, Any]] = {
         "reads_decoder": {"sources": ("decoder",)},
         "reads_stride2": {"sources": ("stride2",)},
         "reads_all": {"sources": ("decoder", "stride4", "stride2", "image")},
@@ -29,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
         "dilations_1_to_16": {"dilations": (1, 2, 4, 8, 16)},
         "symmetric": {"symmetric": True},
     }
-    loss = {
+    loss: dict[str, dict[str, Any]] = {
         "bce": {"affinity_loss": "bce"},
         "focal": {"affinity_loss": "focal"},
         "lambda_quarter": {"affinity": 0.25},

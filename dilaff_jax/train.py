@@ -16,7 +16,17 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from dilaff_jax import evaluate, initialise, metrics, optim, reporting, settings, step, timing
+from dilaff_jax import (
+    evaluate,
+    initialise,
+    locks,
+    metrics,
+    optim,
+    reporting,
+    settings,
+    step,
+    timing,
+)
 from dilaff_jax.checkpoint import Checkpoints
 from dilaff_jax.data import batches as data_batches
 from dilaff_jax.data import config as data_config
@@ -36,11 +46,23 @@ def train_and_evaluate(
 
     Raises:
         ValueError: the config cannot be; a checkpoint of another model lies in `workdir`.
+        Busy: another process trains in `workdir`; a `ValueError` too.
         FloatingPointError: a step gave NaN or infinity; the last good checkpoint stays.
         Preempted: the process was asked to stop; a checkpoint was written first.
     """
     entered = time.perf_counter()
     check(config)
+    with locks.held(lock_file(workdir)) as mine:
+        if not mine:
+            raise Busy(
+                f"{workdir}: another process trains there; wait for it, or use another workdir"
+            )
+        return _train_and_evaluate(config, workdir, entered)
+
+
+def _train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, entered: float
+) -> evaluate.Results | None:
     devices = Devices(config.parallel.mode, config.parallel.devices)
     rows = devices.per_process(config.batch_size)
     source = datasets.load(config.data, config.data.train_split)
@@ -145,6 +167,15 @@ def train_and_evaluate(
 
 class Preempted(Exception):  # noqa: N818 - it is no error
     """The process was asked to stop, and its state is saved."""
+
+
+class Busy(ValueError):  # noqa: N818 - as above
+    """Another process trains in this workdir."""
+
+
+def lock_file(workdir: pathlib.Path) -> pathlib.Path:
+    """What a run holds while it trains: each of its processes one of its own."""
+    return workdir / f".lock-{jax.process_index()}"
 
 
 def check(config: ml_collections.ConfigDict) -> None:

@@ -1,5 +1,6 @@
 """The study: changes of one config, compared on the selection split; and processes that share runs."""
 
+import errno
 import fcntl
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dilaff_jax import affinity
+from dilaff_jax import affinity, locks, train
 from dilaff_jax.ablation import agreement, arms, candidates, outputs, study
 from tests import planted, test_ablate
 
@@ -71,7 +72,7 @@ def test_differences_are_paired_by_seed(whole):
 
 def test_the_plain_figures_of_the_baseline_are_those_of_its_evaluation(whole):
     folder = whole["workdir"] / "baseline" / "seed-3"
-    expected = test_ablate.train.evaluate.last_results(folder).scalars["plain/miou"]
+    expected = train.evaluate.last_results(folder).scalars["plain/miou"]
     found = whole["found"]["rows"]["baseline"]["plain"]["miou"]["mean"]
     assert found == pytest.approx(expected, abs=1e-5)
 
@@ -149,7 +150,7 @@ def test_correlation_is_that_of_numpy_with_both_kinds_of_pairs_alike():
 def test_a_run_that_another_process_trains_is_left_to_it(data_dir, tmp_path, monkeypatch):
     """It is waited for only when nothing else is left, and trained if the other died."""
     todo = arms.runs(test_ablate.make_config(data_dir, arms=("baseline", "joint")), tmp_path)
-    held = todo[0].workdir / "training.lock"
+    held = train.lock_file(todo[0].workdir)
     held.parent.mkdir(parents=True)
     script = (
         "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
@@ -161,26 +162,44 @@ def test_a_run_that_another_process_trains_is_left_to_it(data_dir, tmp_path, mon
     assert other.stdout.readline() == b"held\n"
     trained = []
 
-    def train_one(run_config, workdir):
+    def train_one(run_config, workdir, _):
         trained.append(workdir.parent.name)
         if len(trained) == 1:
             other.kill()  # dies without having trained it
 
-    monkeypatch.setattr(arms.train, "train_and_evaluate", train_one)
+    monkeypatch.setattr(train, "_train_and_evaluate", train_one)
     arms.train_all(todo)
     other.wait()
     assert trained == ["joint", "baseline"]
 
 
-def test_a_lock_that_is_held_is_not_had_twice(tmp_path):
-    with arms.claimed(tmp_path / "lock", wait=False) as mine:
+def test_a_workdir_that_is_trained_in_is_refused_and_left_alone(data_dir, tmp_path):
+    config = test_ablate.make_config(data_dir)
+    with locks.held(train.lock_file(tmp_path)) as mine:
         assert mine
+        with pytest.raises(ValueError, match="another process trains there"):
+            train.train_and_evaluate(config, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock-0"]
+
+
+def test_a_lock_is_had_once_and_again_when_let_go(tmp_path):
+    with locks.held(tmp_path / "lock"):
         with (tmp_path / "lock").open("a") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with arms.claimed(tmp_path / "lock", wait=False) as again:
+        with locks.held(tmp_path / "lock") as again:
             assert not again
-    with arms.claimed(tmp_path / "lock", wait=False) as free:
+    with locks.held(tmp_path / "lock") as free:
         assert free
+
+
+def test_a_disk_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level("WARNING", logger="absl"), locks.held(tmp_path / "lock") as mine:
+        assert mine
+    assert "no locks on this disk" in caplog.text
 
 
 def test_a_studys_grid_has_the_operator_that_was_trained_through(whole):

@@ -3,12 +3,11 @@
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import gc
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import ml_collections
 from absl import logging
 from tqdm import tqdm
 
-from dilaff_jax import checkpoint, train
+from dilaff_jax import checkpoint, locks, train
 
 # Parts of a config that do not decide which weights a run ends with.
 FREE = (
@@ -96,13 +95,12 @@ def train_all(todo: Sequence[Run], training: Callable[[bool], None] = lambda _: 
     clock, left = Clock(todo), list(todo)
     while left:
         for run in list(left):
-            with claimed(run.workdir / "training.lock", wait=False) as mine:
-                if mine:
-                    left.remove(run)
-                    _train(run, clock, todo, training)
-        # What is left is held by others; the first of it is waited for.
+            with contextlib.suppress(train.Busy):
+                _train(run, clock, todo, training)
+                left.remove(run)
+        # What is left is trained by others; the first of it is waited for.
         if left:
-            with claimed(left[0].workdir / "training.lock", wait=True):
+            with locks.held(train.lock_file(left[0].workdir), wait=True):
                 pass
 
 
@@ -116,28 +114,16 @@ def _train(run: Run, clock: "Clock", todo: Sequence[Run], training: Callable[[bo
     training(True)
     try:
         train.train_and_evaluate(run.config, run.workdir)
+    except train.Busy:
+        tqdm.write(f"{title}: another process trains it ==")
+        training(False)
+        raise
     finally:
         clock.add(run, time.perf_counter() - started)
         # Arms are other programs; what the last one compiled and held is of no use.
         jax.clear_caches()
         gc.collect()
     training(False)
-
-
-@contextlib.contextmanager
-def claimed(path: pathlib.Path, wait: bool) -> Iterator[bool]:
-    """Holds the lock file `path` while it lasts; yields whether it could be had.
-
-    The system lets go of it when the process ends, however it ends.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def check_folder(run: Run) -> None:

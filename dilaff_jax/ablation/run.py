@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dilaff_jax import reporting, train
+from dilaff_jax import locks, reporting, train
 from dilaff_jax.ablation import (
     arms,
     candidates,
@@ -59,7 +59,7 @@ def ablate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str
         arms.train_all(todo, training)
         # Of several processes that shared the training, one goes through what follows at a time;
         # the others find its results kept.
-        with arms.claimed(workdir / "analysis.lock", wait=True):
+        with locks.held(workdir / "analysis.lock", wait=True):
             result = _analyse(Study(config, todo), workdir)
     return result
 

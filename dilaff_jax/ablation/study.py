@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from dilaff_jax import cost, metrics, reporting, timing, train
+from dilaff_jax import cost, locks, metrics, reporting, timing, train
 from dilaff_jax import step as step_lib
 from dilaff_jax.ablation import (
     agreement,
@@ -50,7 +50,7 @@ def study(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     todo = runs(config, workdir)
     with run.stopping_cleanly(workdir) as training:
         arms.train_all(todo, training)
-        with arms.claimed(workdir / "analysis.lock", wait=True):
+        with locks.held(workdir / "analysis.lock", wait=True):
             result = _compare(config, todo)
             run.write(workdir / "study.json", result)
     print(table(result))

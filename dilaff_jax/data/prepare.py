@@ -13,7 +13,6 @@ interrupted and repeated at any time: what is half written is never read, and is
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dilaff_jax import locks
 from dilaff_jax.data import config as data_config
 from dilaff_jax.data import contact_sheet, datasets
 from dilaff_jax.data.builder import Options, SegmentationBuilder
@@ -112,11 +112,9 @@ def _alone(root: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     root.mkdir(parents=True, exist_ok=True)
     scratch = root / ".scratch"
-    with open(root / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"{root}: another process is preparing this; wait for it") from e
+    with locks.held(root / ".lock") as mine:
+        if not mine:
+            raise ValueError(f"{root}: another process is preparing this; wait for it")
         _remove(scratch)
         try:
             yield scratch
