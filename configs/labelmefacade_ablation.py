@@ -24,4 +24,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.num_steps = 300
     config.loss.segmentation_options = {}
     config.ablate.changes = {}
+    config.ablate.rival_images = 40
     return config

@@ -4,7 +4,7 @@ r"""What decides the gain, on `shapes`: one small network a change of head, loss
     python -m dilaff_jax.main --config configs/shapes_study.py \
         --workdir workdirs/shapes_study --mode study
 
-Sixteen networks of about four minutes each on one CPU core; started several times at once, the
+Twelve networks of about four minutes each on one CPU core; started several times at once, the
 processes share them. docs/findings.md says what was found (results/study_shapes.json).
 """
 
@@ -24,19 +24,15 @@ def get_config() -> ml_collections.ConfigDict:
     head: dict[str, dict[str, Any]] = {
         "reads_decoder": {"sources": ("decoder",)},
         "reads_stride2": {"sources": ("stride2",)},
-        "reads_all": {"sources": ("decoder", "stride4", "stride2", "image")},
         "stride_2": {"stride": 2},
         "stride_1": {"stride": 1},
         "dilations_1": {"dilations": (1,)},
-        "dilations_1_to_16": {"dilations": (1, 2, 4, 8, 16)},
         "symmetric": {"symmetric": True},
     }
     loss: dict[str, dict[str, Any]] = {
         "bce": {"affinity_loss": "bce"},
-        "focal": {"affinity_loss": "focal"},
         "lambda_quarter": {"affinity": 0.25},
         "lambda_4": {"affinity": 4.0},
-        "soft_targets": {"soft_targets": True},
         "through": {"refined": 1.0},
     }
     changes = {name: {"model": {"affinity": change}} for name, change in head.items()}
