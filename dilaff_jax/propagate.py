@@ -104,12 +104,15 @@ def signed(
     steps: int = 5,
     strength: ArrayLike = 0.1,
     bias: ArrayLike = 0.0,
+    repulsion: ArrayLike = 1.0,
     backend: Backend = "auto",
 ) -> jax.Array:
-    """Lets neighbours vote for and against: q ← softmax(log p⁰ + λ·Σ_o (ℓ[i,o] - b)·q[i+o]).
+    """Lets neighbours vote for and against: q ← softmax(log p⁰ + λ·Σ_o s(ℓ[i,o] - b)·q[i+o]).
 
-    The sum runs over the offsets with i+o inside the image; ℓ = logit(a). A pair that is likelier
-    of two classes than of one (ℓ < b) pushes its ends apart, which a walk cannot express. Starts at
+    The sum runs over the offsets with i+o inside the image; ℓ = logit(a); s(x) = x for x ≥ 0, else
+    ρ·x. A pair that is likelier of two classes than of one (ℓ < b) pushes its ends apart, which a
+    walk cannot express. Such a vote says which class a pixel has not, and the runner-up wins: where
+    the head is unsure inside an object that it does not know, ρ < 1 keeps the object. Starts at
     q = p⁰. Mean-field inference with a Potts term whose weight may be negative; our choice, after
     Krähenbühl and Koltun 2011 (https://arxiv.org/abs/1210.5644).
 
@@ -121,6 +124,7 @@ def signed(
         strength: λ ≥ 0.
         bias: b, the logit at which an edge carries no evidence: a scalar, one a dilation `[D]` (in
             the order in which `offsets` has them), or one an offset `[K]`.
+        repulsion: ρ ≥ 0, the weight of votes against; 0 for none.
         backend: see `random_walk`.
 
     Returns:
@@ -136,8 +140,12 @@ def signed(
     _check_values("affinity_logits", affinity_logits, -np.inf, np.inf)
     _check_values("strength", strength, 0, np.inf)
     _check_values("bias", bias, -np.inf, np.inf)
+    _check_values("repulsion", repulsion, 0, np.inf)
     backends.check(backend)
     biases = per_offset(bias, offsets)
+    if _or_none(repulsion, 1) is not None:
+        affinity_logits = _tempered(affinity_logits, biases, repulsion)
+        biases = jnp.zeros_like(biases)
     return _signed(probs, affinity_logits, strength, biases, static, steps, backend)
 
 
@@ -378,6 +386,13 @@ def _xla_signed(
         return jax.nn.softmax(unary + _weighted_sum(q, votes, offsets)), None
 
     return jax.lax.scan(step, start, length=steps)[0]
+
+
+@jax.jit
+def _tempered(affinity_logits: jax.Array, bias: jax.Array, repulsion: ArrayLike) -> jax.Array:
+    """The votes s(ℓ - b), see `signed`."""
+    votes = affinity_logits.astype(jnp.float32) - bias
+    return jnp.where(votes < 0, repulsion * votes, votes)
 
 
 def _or_none(option: ArrayLike, neutral: float) -> ArrayLike | None:

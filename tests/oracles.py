@@ -48,7 +48,7 @@ def loop_random_walk(
     return p
 
 
-def loop_signed(probs, affinity_logits, offsets, *, steps, strength, bias=0.0):
+def loop_signed(probs, affinity_logits, offsets, *, steps, strength, bias=0.0, repulsion=1.0):
     """`propagate.signed` of one image `[*spatial, C]` in float64, pair by pair."""
     q = probs.astype(np.float64)
     unary = np.log(np.maximum(q, 1e-30))
@@ -56,7 +56,8 @@ def loop_signed(probs, affinity_logits, offsets, *, steps, strength, bias=0.0):
     for _ in range(steps):
         score = unary.copy()
         for i, k, j in pairs(q.shape[:-1], offsets):
-            score[i] += strength * (float(affinity_logits[i][k]) - bias[k]) * q[j]
+            vote = float(affinity_logits[i][k]) - bias[k]
+            score[i] += strength * (vote if vote > 0 else repulsion * vote) * q[j]
         score -= score.max(axis=-1, keepdims=True)
         q = np.exp(score) / np.exp(score).sum(axis=-1, keepdims=True)
     return q

@@ -157,6 +157,17 @@ def test_signed_keeps_the_simplex(seed, strength, bias):
     np.testing.assert_allclose(np.sum(refined, axis=-1), 1, atol=1e-5)
 
 
+def test_without_repulsion_no_pixel_is_pushed_from_what_all_around_it_say():
+    """Every pair is said to differ inside one object: repulsion breaks it, attraction cannot."""
+    probs = np.broadcast_to(np.float32([0.5, 0.4, 0.1]), (1, 6, 6, 3))
+    offsets = affinity_lib.offsets((1, 2))
+    logits = np.full((1, 6, 6, len(offsets)), -3.0, np.float32)
+    broken = propagate.signed(probs, logits, offsets, strength=0.2)
+    kept = propagate.signed(probs, logits, offsets, strength=0.2, repulsion=0.0)
+    assert (np.asarray(broken).argmax(-1) != 0).any()
+    np.testing.assert_allclose(kept, probs, atol=1e-6)
+
+
 def test_signed_without_strength_is_the_identity():
     probs, logits, offsets = problem(0)
     refined = propagate.signed(probs, logits, offsets, strength=0.0)
@@ -205,11 +216,12 @@ def test_the_walk_equals_plain_loops(spatial, options):
 
 
 @pytest.mark.parametrize("spatial", SIZES)
-@pytest.mark.parametrize("bias", [0.0, -2.0])
-def test_signed_equals_plain_loops(spatial, bias):
+@pytest.mark.parametrize("options", [{}, {"bias": -2.0}, {"bias": -1.0, "repulsion": 0.3}])
+def test_signed_equals_plain_loops(spatial, options):
     probs, logits, offsets = problem(4, spatial, dilations=(1, 3, 8))
-    found = propagate.signed(probs, logits, offsets, steps=4, strength=0.2, bias=bias)
-    expected = oracles.loop_signed(probs[0], logits[0], offsets, steps=4, strength=0.2, bias=bias)
+    options = {"steps": 4, "strength": 0.2, **options}
+    found = propagate.signed(probs, logits, offsets, **options)
+    expected = oracles.loop_signed(probs[0], logits[0], offsets, **options)
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
@@ -455,6 +467,7 @@ NAN = PROBS * np.nan
         (lambda: propagate.signed(-PROBS, LOGITS, OFFSETS), r"probs has values in \[-.*\]; expected \[0, inf\]"),
         (lambda: propagate.signed(PROBS, LOGITS * np.inf, OFFSETS), "affinity_logits holds NaN or infinity"),
         (lambda: propagate.signed(PROBS, LOGITS, OFFSETS, strength=-1.0), "strength has values"),
+        (lambda: propagate.signed(PROBS, LOGITS, OFFSETS, repulsion=-1.0), "repulsion has values"),
         (lambda: propagate.signed(PROBS, LOGITS, OFFSETS, bias=np.zeros(3)), r"bias has shape \(3,\); expected a scalar, \[2\] \(one a dilation\) or \[16\]"),
         (lambda: propagate.operator("walk"), "operator is 'walk'; expected 'identity'"),
         (lambda: propagate.refine_logits(PROBS, LOGITS, OFFSETS, (9,)), r"need \[B, \*spatial, C\]"),

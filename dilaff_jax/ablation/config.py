@@ -55,6 +55,13 @@ def default() -> ml_collections.ConfigDict:
                     "strength": (0.05, 0.1, 0.2, 0.3),
                     "bias": ("fitted", "fitted*0.5", "fitted*0.25", 0.0),
                 },
+                "signed_weak_repulsion": {
+                    "name": "signed",
+                    "steps": (5,),
+                    "strength": (0.1, 0.2, 0.4),
+                    "bias": ("fitted*0.25", 0.0),
+                    "repulsion": (0.0, 0.25, 0.5),
+                },
             },
             "rivals": {
                 "dense_crf": {
