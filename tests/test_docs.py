@@ -61,7 +61,7 @@ def test_the_pictures_are_those_that_the_command_draws():
     assert (DOCS / "images" / "neighbourhood.svg").read_text() == script("figures").neighbourhood()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/findings.md", "docs/performance.md"])
 def test_measured_numbers_are_those_of_their_files(page):
     numbers, text = script("measured"), (ROOT / page).read_text()
     assert ROOT / page in numbers.PAGES

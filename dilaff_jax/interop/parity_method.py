@@ -23,7 +23,7 @@ _WALK: dict[str, Any] = {
     "self_weight": 0.7,
     "restart": 0.1,
 }
-_SIGNED: dict[str, Any] = {"steps": 5, "strength": 0.1, "bias": -0.5}
+_SIGNED: dict[str, Any] = {"steps": 5, "strength": 0.1, "bias": -0.5, "repulsion": 0.7}
 
 
 def rows(seed: int) -> list[Row]:

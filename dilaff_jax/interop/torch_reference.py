@@ -66,13 +66,16 @@ def signed(
     steps: int,
     strength: float,
     bias: float,
+    repulsion: float = 1.0,
 ) -> torch.Tensor:
     """`propagate.signed`; neighbours outside are zeros and so have no vote."""
+    votes = affinity_logits - bias
+    votes = strength * torch.where(votes < 0, repulsion * votes, votes)
     q = probs
     for _ in range(steps):
         scores = torch.log(probs)
         for k, offset in enumerate(offsets):
-            scores = scores + strength * (affinity_logits[:, k : k + 1] - bias) * shift(q, offset)
+            scores = scores + votes[:, k : k + 1] * shift(q, offset)
         q = torch.softmax(scores, dim=1)
     return q
 
