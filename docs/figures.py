@@ -1,13 +1,16 @@
-"""Draws the pictures of the documentation: python docs/figures.py.
+"""Draws the pictures of the documentation: python docs/figures.py [WORKDIR].
 
 They are committed; a test holds the drawing to what this command makes. Curves come from results/.
+With the workdir of results/shapes_800.json, images of its last evaluation are drawn, too.
 """
 
 import io
 import json
 import pathlib
+import sys
 from typing import Any
 
+import cv2
 import numpy as np
 
 from dilaff_jax import affinity
@@ -105,6 +108,15 @@ def study(file: pathlib.Path) -> bytes:
     return _svg(figure)
 
 
+def result(workdir: pathlib.Path, names: tuple[str, ...]) -> np.ndarray:
+    """Pictures of the last evaluation of a run, one below the other, BGR."""
+    last = max((workdir / "evaluation").iterdir(), key=lambda folder: int(folder.name))
+    rows = [cv2.imread(str(last / "pictures" / f"{name}.png")) for name in names]
+    # The captions of the first serve all.
+    below = [row[-row.shape[1] // 5 :] for row in rows[1:]]
+    return np.concatenate([rows[0], *below])
+
+
 def _subplots(columns: int, width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
@@ -122,14 +134,17 @@ def _svg(figure: Any) -> bytes:
     return written.getvalue()
 
 
-def main() -> None:
-    """Writes every picture."""
+def main(workdir: pathlib.Path | None) -> None:
+    """Writes every picture, of a result only with its workdir."""
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
     (IMAGES / "propagation_scaling.svg").write_bytes(scaling())
     for file in sorted(RESULTS.glob("study_*.json")):
         (IMAGES / f"{file.stem}.svg").write_bytes(study(file))
+    if workdir is not None:
+        drawn = result(workdir, ("test_00005", "test_00008", "test_00020"))
+        cv2.imwrite(str(IMAGES / "shapes_result.png"), drawn)
 
 
 if __name__ == "__main__":
-    main()
+    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else None)
