@@ -4,7 +4,7 @@ r"""What decides the gain, on `shapes`: one small network a change of head, loss
     python -m dilaff_jax.main --config configs/shapes_study.py \
         --workdir workdirs/shapes_study --mode study
 
-Twelve networks of about four minutes each on one CPU core; started several times at once, the
+Eleven networks of about four minutes each on one CPU core; started several times at once, the
 processes share them. docs/findings.md says what was found (results/study_shapes.json).
 """
 
@@ -33,10 +33,17 @@ def get_config() -> ml_collections.ConfigDict:
         "bce": {"affinity_loss": "bce"},
         "lambda_quarter": {"affinity": 0.25},
         "lambda_4": {"affinity": 4.0},
-        "through": {"refined": 1.0},
     }
     changes = {name: {"model": {"affinity": change}} for name, change in head.items()}
     changes |= {name: {"loss": change} for name, change in loss.items()}
     with config.ignore_type():
         config.ablate.changes = changes
+        config.ablate.grid = {
+            "signed": {
+                "steps": (5,),
+                "strength": (0.05, 0.1, 0.2),
+                "bias": ("fitted", "fitted*0.5", "fitted*0.25", 0.0),
+            },
+            "random_walk": {"steps": (3,), "sharpness": (1.0, 4.0, 8.0), "bias": ("fitted",)},
+        }
     return config
