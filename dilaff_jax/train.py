@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -52,23 +52,40 @@ def train_and_evaluate(
     """
     entered = time.perf_counter()
     check(config)
+    parts = _parts(config)  # what is wrong with a config shows before anything is written
     with locks.held(lock_file(workdir)) as mine:
         if not mine:
             raise Busy(
                 f"{workdir}: another process trains there; wait for it, or use another workdir"
             )
-        return _train_and_evaluate(config, workdir, entered)
+        return _train_and_evaluate(config, workdir, parts, entered)
 
 
-def _train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, entered: float
-) -> evaluate.Results | None:
+class _Parts(NamedTuple):
+    """What a run is made of; `rows` are the images of a step in this process."""
+
+    devices: Devices
+    rows: int
+    source: datasets.Source
+    model: segmenter.Segmenter
+    schedule: optax.Schedule
+    train_step: step.TrainStep
+
+
+def _parts(config: ml_collections.ConfigDict) -> _Parts:
     devices = Devices(config.parallel.mode, config.parallel.devices)
     rows = devices.per_process(config.batch_size)
     source = datasets.load(config.data, config.data.train_split)
     model = segmenter.build(step.model_config(config), source.num_classes, axis_name=AXIS)
     tx, schedule = optim.optimiser(config.optim, config.num_steps)
     train_step = step.TrainStep(config, model, source.num_classes, tx)
+    return _Parts(devices, rows, source, model, schedule, train_step)
+
+
+def _train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: _Parts, entered: float
+) -> evaluate.Results | None:
+    devices, rows, source, model, schedule, train_step = parts
 
     # 1. The state: this workdir's newest checkpoint, or a fresh one.
     host_batches = pipeline.train_batches(

@@ -81,7 +81,7 @@ def test_the_plain_figures_of_the_baseline_are_those_of_its_evaluation(whole):
     ("changes", "message"),
     [
         ({"joint": {"seed": 1}}, "'joint', which every study has"),
-        ({"../up": {"seed": 1}}, "'../up', which names a folder"),
+        ({"a/b": {"seed": 1}}, "'a/b', which names a folder"),
         ({"typo": {"loss": {"afinity": 1.0}}}, "changes, typo: .*afinity"),
         ({"stride": {"model": {"affinity": {"stride": 3}}}}, "changes, stride: affinity.stride"),
     ],
@@ -162,7 +162,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(data_dir, tmp_path, mon
     assert other.stdout.readline() == b"held\n"
     trained = []
 
-    def train_one(run_config, workdir, _):
+    def train_one(run_config, workdir, *_):
         trained.append(workdir.parent.name)
         if len(trained) == 1:
             other.kill()  # dies without having trained it
