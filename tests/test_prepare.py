@@ -84,7 +84,8 @@ def test_shapes_needs_no_source_and_takes_its_options(tmp_path):
 
 
 def test_voc_counts_are_read_as_numbers(tmp_path):
-    done = run("--dataset=voc2012_seg", "--counts=1,2,3", "--source", tmp_path, "--data_dir=x")
+    to = ("--source", tmp_path, "--data_dir", tmp_path / "data")
+    done = run("--dataset=voc2012_seg", "--counts=1,2,3", *to)
     assert done.returncode == 1
     assert "VOCtrainval_11-May-2012.tar" in done.stderr
     assert "Traceback" not in done.stderr
