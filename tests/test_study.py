@@ -1,5 +1,6 @@
 """The study: changes of one config, compared on the selection split; and processes that share runs."""
 
+import dataclasses
 import errno
 import fcntl
 import subprocess
@@ -115,6 +116,18 @@ def test_pairs_are_counted_as_loops_count_them(data_dir, tmp_path):
             head = found.edges[n, y, x, k] > bias[k // 8]
             expected[k // 8, int(same), int(says == same), int(head == same)] += 1
     assert (agreement.count(found, bias, 2) == expected).all()
+
+
+def test_dilations_are_counted_in_the_order_of_the_channels(data_dir, tmp_path):
+    run = arms.Run("joint", 0, test_ablate.make_config(data_dir), tmp_path)
+    found, bias = planted.compute(run, "validation"), np.array([-1.0, 0.5])
+    swapped = dataclasses.replace(
+        found,
+        edges=np.roll(found.edges, 8, axis=-1),
+        offsets=affinity.offsets(planted.DILATIONS[::-1]),
+    )
+    expected = agreement.count(found, bias, 2)[::-1]
+    assert (agreement.count(swapped, bias[::-1], 2) == expected).all()
 
 
 def test_errors_that_fall_together_cannot_be_mended():
