@@ -10,7 +10,6 @@ from tqdm import tqdm
 from dilaff_jax import metrics
 from dilaff_jax.ablation import candidates as candidates_lib
 from dilaff_jax.ablation import colour, counts, kept
-from dilaff_jax.ablation import outputs as outputs_lib
 from dilaff_jax.ablation.candidates import Candidate
 from dilaff_jax.ablation.outputs import Outputs
 
@@ -107,17 +106,17 @@ def sweep_rival(
     return _sweep(outputs, name, about, groups, run, indices, tolerance)
 
 
-def plain_scores(outputs: Outputs, rows: int, tolerance: float) -> dict[str, float]:
-    """MIoU and boundary F of the network without refinement."""
-    classes, total = outputs.source.num_classes, None
-    for batch in outputs.batches(rows):
-        maps = np.asarray(outputs_lib.plain_labels(batch.logits, outputs.size))
-        for index, map_ in zip(map(int, batch.indices), maps, strict=False):
-            truth = counts.Truth(outputs.source[index]["label"], classes, tolerance)
-            found = truth.count(outputs.cut(map_, index))
-            total = metrics.add(found, *([] if total is None else [total]))
-    assert total is not None
-    return counts.quick_figures(*total)
+def plain_scores(
+    outputs: Outputs, maps: Sequence[np.ndarray], tolerance: float
+) -> dict[str, float]:
+    """MIoU and boundary F of the maps of `scoring.plain_maps`."""
+    found = [
+        counts.Truth(example["label"], outputs.source.num_classes, tolerance).count(map_)
+        for example, map_ in zip(
+            map(outputs.source.__getitem__, range(len(maps))), maps, strict=True
+        )
+    ]
+    return counts.quick_figures(*metrics.add(*found))
 
 
 def some_images(outputs: Outputs, limit: int) -> np.ndarray:

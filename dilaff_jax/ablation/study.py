@@ -27,6 +27,7 @@ from dilaff_jax.ablation import (
     candidates,
     outputs,
     run,
+    scoring,
     selection,
     statistics,
     summary,
@@ -127,7 +128,7 @@ def _row(config: ml_collections.ConfigDict, of: Sequence[arms.Run]) -> dict[str,
     found = [outputs.compute(r, ablate.selection_split) for r in of]
     networks = _network(of[0].config, found[0])
     if found[0].edges is None:
-        plain = [selection.plain_scores(o, rows, tolerance) for o in found]
+        plain = [selection.plain_scores(o, scoring.plain_maps(o, rows), tolerance) for o in found]
         return {"plain": _spreads(plain)} | networks
     configured = _candidate(of[0].config.refine)
     grid = list(dict.fromkeys([*candidates.grid(ablate.grid.to_dict()), configured]))
