@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import subprocess
@@ -67,6 +68,15 @@ def test_measured_numbers_are_those_of_their_files(page):
     assert ROOT / page in numbers.PAGES
     assert numbers.count(text) > 0
     assert numbers.updated(text) == text, "run: python docs/measured.py"
+
+
+def test_the_page_on_performance_has_all_rows_of_the_memory_traffic():
+    rows = json.loads((ROOT / "results" / "hbm_traffic.json").read_text())["rows"]
+    page = script("measured").bare((DOCS / "performance.md").read_text())
+    for row in rows:
+        numbers = (row[k] for k in ("hbm_gb_per_image", "xla_gb_per_image", "temporaries_gb"))
+        cells = [row["part"].replace("_", " "), row["commit"][:7], *(f"{x:.3f}" for x in numbers)]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_a_wrong_number_would_be_found():

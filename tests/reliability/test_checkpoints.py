@@ -41,14 +41,18 @@ class Position:
 
 
 def state_at(at):
-    """A state of random numbers, which no codec makes smaller, without a network."""
+    """A state of random numbers, which no codec makes smaller, without a network.
+
+    Its arrays are much larger than the indices beside them: Orbax leaves old indices in its files
+    (how many depends on the time), and damage to those is no damage.
+    """
     rng = np.random.default_rng(at)
 
     def array(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    params = {"conv": {"kernel": array(3, 3, 16, 32), "bias": array(32)}, "logits": array(32, 5)}
-    stats = {"norm": {"mean": array(32)}}
+    params = {"conv": {"kernel": array(3, 3, 32, 64), "bias": array(64)}, "logits": array(64, 5)}
+    stats = {"norm": {"mean": array(64)}}
     window = step.Window(np.int32(at), {"total": array()}, np.eye(5, dtype=np.int32), {})
     average = {"params": jax.tree.map(np.copy, params), "batch_stats": stats}
     momentum = ({"trace": jax.tree.map(np.copy, params)}, ())
@@ -242,7 +246,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_bit_identical(
     unbroken, data_dir, tmp_path, warnings
 ):
     workdir = shutil.copytree(unbroken, tmp_path / "copy")
-    runs.copy_with(array_data(workdir / "checkpoints" / str(LAST)), lambda x: runs.flip(x, 0.5))
+    # All of its files: the arrays are small, and the largest may hold an old index in its middle.
+    for path in (workdir / "checkpoints" / str(LAST)).rglob("d/*"):
+        runs.copy_with(path, lambda x: runs.flip(x, 0.5))
     train.train_and_evaluate(runs.configure(make_config(data_dir)), workdir)
     assert f"{LAST} is set aside as {LAST}.unreadable" in warnings()
     assert (workdir / "checkpoints" / f"{LAST}.unreadable").is_dir()
