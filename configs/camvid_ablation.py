@@ -6,18 +6,22 @@ r"""CamVid at half resolution: baseline, affinity loss, propagation, DenseCRF an
         --workdir workdirs/camvid_ablation --mode ablate
 
 The network of `camvid_deeplabv3plus_lite0.py` on a third of its steps and smaller batches, so that
-nine trainings fit into two hours of two CPU cores. Trained on two sequences (0001TP, 0016E5),
-selected on the third (0006R0), reported on the validation split: that is one sequence, which is
-also in the training split, so levels overstate the test split; differences are what is asked for.
+nine trainings fit into two hours of two CPU cores. Trained on two sequences (0006R0, 0016E5),
+selected on the third, reported on the validation split: that is one sequence, which is also in the
+training split, so levels overstate the test split; differences are what is asked for.
+
+The third is 0001TP because every class is in at least a fifth of its images. In 0006R0, of which
+more could be chosen by, cyclists are in 14 of 101, and no mean over classes can be chosen by there.
 
     ... --mode study --config.num_steps=250 --config.batch_size=12 --config.ablate.seeds="(0,)"
 
-compares a finer grid of affinities, and training through the propagation, on 0006R0 alone.
+compares changes of the network and its losses on 0001TP alone.
 """
 
 import ml_collections
 
 from configs import camvid_deeplabv3plus_lite0
+from configs.camvid_deeplabv3plus_lite0 import CLASS_WEIGHTS
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -25,12 +29,13 @@ def get_config() -> ml_collections.ConfigDict:
     config = camvid_deeplabv3plus_lite0.get_config()
     config.num_steps = 450
     config.batch_size = 8
-    config.data.hold_out = ("0006R0",)
+    config.data.hold_out = ("0001TP",)
     config.ablate.update({"selection_split": "held_out", "report_split": "validation"})
-    config.ablate.criterion = "miou+boundary_f"
+    config.ablate.criterion = "smaller_gain"
     with config.ignore_type():
         config.ablate.changes = {
             "stride_2": {"model": {"affinity": {"stride": 2, "width": 32}}},
             "through": {"loss": {"refined": 1.0}},
+            "class_weights": {"loss": {"affinity_class_weights": CLASS_WEIGHTS}},
         }
     return config

@@ -103,6 +103,38 @@ def targets(
     return (labels == neighbours) & valid, valid
 
 
+def pair_weights(
+    labels: ArrayLike,
+    offsets: np.ndarray,
+    class_weights: ArrayLike,
+    ignore_label: int = IGNORE_LABEL,
+) -> jax.Array:
+    """Returns weights of pairs by their classes, float32 `[..., *spatial, K]`.
+
+    weights[i,o] = (W[labels[i]] + W[labels[i+o]]) / 2, and 0 where the pair is not valid: pairs
+    within a rare class, and those that end at one, count for more. Our choice, after the class
+    weights of the segmentation's cross-entropy.
+
+    Args:
+        labels: integers `[..., *spatial]`.
+        offsets: `[K, ndim]`, from `offsets`.
+        class_weights: W, `[C]`, 0 or more.
+        ignore_label: the label that takes part in no edge.
+
+    Raises:
+        ValueError: as `targets`; or `class_weights` are not a vector of numbers from 0.
+    """
+    weights = np.asarray(class_weights, np.float32)
+    if weights.ndim != 1 or not weights.size or not np.all(weights >= 0):
+        raise ValueError(f"class_weights are {class_weights}; expected [C] numbers, 0 or more")
+    _, valid = targets(labels, offsets, ignore_label)
+    # What is ignored has no class; its weight is not used.
+    known = jnp.where(jnp.asarray(labels) == ignore_label, 0, jnp.asarray(labels))
+    at = jnp.take(jnp.asarray(weights), known, mode="fill", fill_value=jnp.nan)[..., None]
+    neighbours = jnp.concatenate([shift(at, o) for o in check_offsets(offsets)], axis=-1)
+    return jnp.where(valid, (at + neighbours) / 2, 0)
+
+
 def soft_targets(
     labels: ArrayLike,
     offsets: np.ndarray,

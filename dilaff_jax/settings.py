@@ -50,6 +50,10 @@ _SWITCH: Rule = ("True or False", lambda v: isinstance(v, bool))
 _TEXT: Rule = ("a text, '' for none", lambda v: isinstance(v, str))
 _NAME: Rule = ("a name", lambda v: isinstance(v, str) and bool(v))
 _OPTIONS: Rule = ("a dict of options", lambda v: _is_dict(v))
+_WEIGHTS: Rule = (
+    "a tuple of numbers, 0 or more, one for each class; () for none",
+    lambda v: _is_tuple(v) and all(_is_number(x) and x >= 0 for x in v),
+)
 _PATTERNS: Rule = (
     "a tuple of patterns, such as ('fc.*',)",
     lambda v: _is_tuple(v) and all(isinstance(x, str) for x in v),
@@ -83,6 +87,7 @@ _PARTS: dict[str, dict[str, Rule]] = {
         "affinity": _FROM_0,
         "affinity_loss": _NAME,
         "affinity_options": _OPTIONS,
+        "affinity_class_weights": _WEIGHTS,
         "soft_targets": _SWITCH,
         "aaf": _FROM_0,
         "refined": _FROM_0,

@@ -44,9 +44,10 @@ def default_config() -> ml_collections.ConfigDict:
     segmentation: one of `SEGMENTATION_LOSSES`, with segmentation_options (its keyword arguments,
     class_weights among them). auxiliary: weight of the auxiliary head's loss. affinity: λ, 0 for
     the plain baseline without affinity head. affinity_loss: one of `AFFINITY_LOSSES`, with
-    affinity_options. soft_targets: area-pooled affinity targets instead of nearest labels. aaf:
-    weight of the Adaptive Affinity Fields loss, a rival. refined: weight of the cross-entropy of
-    the refined segmentation (training through the propagation).
+    affinity_options, and affinity_class_weights: W, one for each class, for
+    `affinity.pair_weights`. soft_targets: area-pooled affinity targets instead of nearest labels.
+    aaf: weight of the Adaptive Affinity Fields loss, a rival. refined: weight of the cross-entropy
+    of the refined segmentation (training through the propagation).
     """
     return ml_collections.ConfigDict(
         {
@@ -56,6 +57,7 @@ def default_config() -> ml_collections.ConfigDict:
             "affinity": 1.0,
             "affinity_loss": "balanced",
             "affinity_options": {},
+            "affinity_class_weights": (),
             "soft_targets": False,
             "aaf": 0.0,
             "refined": 0.0,
@@ -163,14 +165,23 @@ class Objective:
 
     def _affinity(self, logits: jax.Array, labels: jax.Array, num_classes: int) -> losses.Parts:
         grid = logits.shape[1:3]
+        coarse = affinity.downsample_labels(labels, grid)
         if self._config.soft_targets:
             target, valid = affinity.soft_targets(labels, self._offsets, grid, num_classes)
         else:
-            coarse = affinity.downsample_labels(labels, grid)
             target, valid = affinity.targets(coarse, self._offsets)
         dilations = len(np.unique(affinity.dilation_of(self._offsets)))
         loss = getattr(losses, f"affinity_{self._config.affinity_loss}")
-        return loss(logits, target, valid, dilations, **self._config.affinity_options)
+        options = dict(self._config.affinity_options)
+        weights = self._config.affinity_class_weights
+        if weights:
+            if len(weights) != num_classes:
+                raise ValueError(
+                    f"loss.affinity_class_weights has {len(weights)} numbers; expected one for "
+                    f"each of {num_classes} classes, or () for none"
+                )
+            options["weights"] = affinity.pair_weights(coarse, self._offsets, weights)
+        return loss(logits, target, valid, dilations, **options)
 
     def _check(self, config: ml_collections.ConfigDict) -> None:
         loss = config.loss
@@ -189,6 +200,11 @@ class Objective:
             raise ValueError(
                 "loss.affinity and loss.refined need an affinity head: set model.affinity, {} for "
                 "its defaults, or set both to 0 for the plain baseline"
+            )
+        if loss.affinity_class_weights and loss.affinity_loss in ("ohem", "max_pooling"):
+            raise ValueError(
+                f"loss.affinity_loss {loss.affinity_loss!r} mines its edges and takes no "
+                "loss.affinity_class_weights; use 'balanced', 'bce' or 'focal', or set ()"
             )
         accumulate, used = config.optim.accumulate, (loss.segmentation, loss.affinity_loss)
         if accumulate > 1 and any(name in MINING for name in used):

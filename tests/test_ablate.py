@@ -298,6 +298,22 @@ def test_the_criterion_may_weigh_boundaries(study):
         assert row["score"] == pytest.approx(np.mean([row["miou"], row["boundary_f"]]))
 
 
+def test_the_smaller_gain_buys_neither_figure_with_the_other():
+    grid = [candidates.IDENTITY, *(Candidate("signed", (("steps", n),)) for n in (1, 2, 3))]
+    # By seed; the means gain (0.1, -0.02), (0.02, 0.03) and (0.0, 0.3).
+    miou = {0: (0.5, 0.7), 1: (0.6, 0.8), 2: (0.5, 0.74), 3: (0.7, 0.5)}
+    border = {0: (0.4, 0.4), 1: (0.36, 0.4), 2: (0.4, 0.46), 3: (0.7, 0.7)}
+    seeds = [
+        {c.key: {"miou": miou[n][s], "boundary_f": border[n][s]} for n, c in enumerate(grid)}
+        for s in (0, 1)
+    ]
+    found = selection.choose(grid, seeds, "smaller_gain", 1)
+    assert [row["score"] for row in found.table] == pytest.approx([0, -0.02, 0.02, 0.0])
+    assert found.chosen == grid[2]
+    assert selection.choose(grid, seeds, "miou", 1).chosen == grid[1]
+    assert selection.choose(grid, seeds, "miou+boundary_f", 1).chosen == grid[3]
+
+
 def test_equals_go_to_the_earlier_so_that_doing_nothing_wins():
     both = [candidates.IDENTITY, Candidate("signed", (("steps", 0),))]
     scores = {c.key: {"miou": 0.5, "boundary_f": 0.5} for c in both}

@@ -98,6 +98,22 @@ def test_borders_and_ignored_pixels_are_no_class_edges():
     assert np.asarray(valid).sum() == 144 - 16
 
 
+def test_pair_weights_are_the_mean_of_both_ends_and_0_without_a_pair():
+    labels = np.array([[0, 2, 255, 1]], np.uint8)
+    found = affinity.pair_weights(labels, affinity.offsets((1,)), (1.0, 10.0, 4.0))
+    assert found.shape == (1, 4, 8)
+    # Left and right neighbours are channels 3 and 4.
+    np.testing.assert_array_equal(found[0, :, 3], [0, 2.5, 0, 0])
+    np.testing.assert_array_equal(found[0, :, 4], [2.5, 0, 0, 0])
+    assert not np.asarray(found)[..., [0, 1, 2, 5, 6, 7]].any()
+    # A label without a weight would be a silent 1 or 0 otherwise.
+    unknown = affinity.pair_weights(np.array([[0, 3]]), affinity.offsets((1,)), (1.0, 10.0, 4.0))
+    assert np.isnan(unknown).any()
+    for wrong in ((), (1.0, -1.0), ((1.0,),)):
+        with pytest.raises(ValueError, match="expected \\[C\\] numbers, 0 or more"):
+            affinity.pair_weights(labels, affinity.offsets((1,)), wrong)
+
+
 def test_another_ignore_label_may_be_chosen():
     labels = np.array([[0, 3]])
     _, valid = affinity.targets(labels, affinity.offsets((1,)), ignore_label=3)

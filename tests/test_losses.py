@@ -434,6 +434,37 @@ def test_balanced_is_the_mean_of_class_means_per_dilation():
     assert losses.finish(parts) == approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["balanced", "bce", "focal"])
+def test_pairs_weigh_the_mean_of_their_classes(name):
+    """Whole weights: a pair of weight n counts as n pairs."""
+    logits, labels = labelled_edges()
+    by_class = np.array([1, 3, 7], np.float32)
+    target, valid = targets(labels)
+    weights = affinity.pair_weights(labels, OFFSETS, by_class)
+    found = AFFINITY[name](logits, target, valid, 2, weights=weights)
+    repeated = losses.Parts(jnp.zeros(found.sum.shape), jnp.zeros(found.sum.shape))
+    for times in range(1, 8):
+        for b in range(len(labels)):
+            chosen = np.zeros(valid[b].shape, bool)
+            for i, k, j in oracles.pairs(labels[b].shape, OFFSETS):
+                if valid[b][i][k]:
+                    ends = by_class[labels[b][i]] + by_class[labels[b][j]]
+                    chosen[i][k] = ends / 2 == times
+            one = AFFINITY[name](logits[b : b + 1], target[b : b + 1], chosen[None], 2)
+            repeated += losses.Parts(times * one.sum, times * one.count)
+    np.testing.assert_allclose(found.count, repeated.count, rtol=1e-6)
+    np.testing.assert_allclose(found.sum, repeated.sum, rtol=1e-4)
+
+
+def test_weights_that_cannot_be_are_refused():
+    logits, labels = labelled_edges()
+    target, valid = targets(labels)
+    with pytest.raises(ValueError, match=r"weights have shape \(3,\); expected that of the logits"):
+        losses.affinity_balanced(logits, target, valid, 2, weights=np.ones(3))
+    with pytest.raises(ValueError, match=r"weights go down to -1\.0; expected 0 or more"):
+        losses.affinity_bce(logits, target, valid, 2, weights=np.full(logits.shape, -1.0))
+
+
 def test_borders_and_ignored_pixels_are_no_class_edges():
     # One row 0 | 0 | ignore at dilation 1: by hand, the only valid edges are the two between the
     # zeros. An implementation that pads with zeros or forgets the mask counts 8·3 of them.

@@ -142,6 +142,30 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     np.testing.assert_array_equal(parts.window.confusion, whole.window.confusion)
 
 
+def test_pairs_weigh_by_class_where_the_config_says_so():
+    config = make_config(norm="group", decoder_options={"dropout": 0.0})
+    plain = run(config, count=1)
+    config.loss.affinity_class_weights = (1.0,) * CLASSES
+    same = run(config, count=1)
+    assert same.window.losses["affinity"] == plain.window.losses["affinity"]
+    config.loss.affinity_class_weights = tuple(float(1 + c) for c in range(CLASSES))
+    weighted = run(config, count=1)
+    assert weighted.window.losses["affinity"] != plain.window.losses["affinity"]
+    config.optim.accumulate = 2
+    parts = run(config, count=1)
+    assert_same(parts.params, weighted.params, 1e-6)
+
+
+def test_class_weights_of_pairs_have_to_fit():
+    config = make_config()
+    config.loss.affinity_class_weights = (1.0, 2.0)
+    with pytest.raises(ValueError, match=r"has 2 numbers; expected one for each of \d+ classes"):
+        run(config, count=1)
+    config.loss.affinity_loss = "ohem"
+    with pytest.raises(ValueError, match="'ohem' mines its edges and takes no"):
+        make(config)
+
+
 def test_accumulation_refuses_a_loss_that_mines():
     config = make_config()
     config.optim.accumulate = 2

@@ -25,7 +25,10 @@ FREE = (
     *("data.workers", "data.prefetch", "data.cache"),
 )
 # These decide nothing either where no loss trains an affinity head.
-OF_THE_HEAD = ("model.affinity", "loss.affinity_loss", "loss.affinity_options", "loss.soft_targets")
+OF_THE_HEAD = (
+    *("model.affinity", "loss.affinity_loss", "loss.affinity_options"),
+    *("loss.affinity_class_weights", "loss.soft_targets"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

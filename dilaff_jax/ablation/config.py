@@ -6,7 +6,7 @@ import ml_collections
 
 # In the order in which they are reported. "refined" is "joint" and propagation, never trained.
 ARMS = ("baseline", "joint", "refined", "aaf")
-CRITERIA = ("miou", "miou+boundary_f")
+CRITERIA = ("miou", "miou+boundary_f", "smaller_gain")
 RIVALS = ("dense_crf", "pamr")
 
 
@@ -20,7 +20,8 @@ def default() -> ml_collections.ConfigDict:
 
     selection_split: what operators, rivals and biases are chosen by; never reported. For CamVid
     "held_out", with `data.hold_out` naming sequences. report_split: what is reported. criterion:
-    of the selection, one of `CRITERIA` (the second is the mean of both), averaged over seeds.
+    of the selection, one of `CRITERIA`, averaged over seeds: mIoU, the mean of mIoU and boundary
+    F, or the smaller of their gains over doing nothing, which buys neither with the other.
     grid: {label: {option: values}} of propagation; every combination is a candidate, and so is
     doing nothing. The label is the operator's name for `propagate.operator`, unless the key name
     gives it. bias: "fitted" takes the one fitted to each run on the selection split, one a

@@ -7,15 +7,21 @@ import optax
 from jax.typing import ArrayLike
 
 from dilaff_jax.losses import mining
-from dilaff_jax.losses.parts import Parts, check_affinity, check_gamma
+from dilaff_jax.losses.parts import Parts, check_affinity, check_edge_weights, check_gamma
 
 
 def affinity_balanced(
-    logits: ArrayLike, target: ArrayLike, valid: ArrayLike, num_dilations: int
+    logits: ArrayLike,
+    target: ArrayLike,
+    valid: ArrayLike,
+    num_dilations: int,
+    *,
+    weights: ArrayLike | None = None,
 ) -> Parts:
     """Class-balanced binary cross-entropy per dilation.
 
-    `finish` gives mean_d ½·Σ V·A·(-log a) / ΣV·A + ½·Σ V·(1-A)·(-log(1-a)) / ΣV·(1-A), a = σ(ℓ).
+    `finish` gives mean_d ½·Σ V·A·(-log a) / ΣV·A + ½·Σ V·(1-A)·(-log(1-a)) / ΣV·(1-A), a = σ(ℓ);
+    with weights W, every sum is of W·V instead of V.
     A soft target counts as A of an edge within a class and 1-A of a class edge. Our choice, after
     the balanced loss of AffinityNet (Ahn and Kwak 2018, https://arxiv.org/abs/1803.10464). It
     shifts the logits; `metrics.fit_bias` measures by how much.
@@ -25,15 +31,18 @@ def affinity_balanced(
         target: A, `[B, *spatial, K]`, bool or in [0, 1], from `affinity.targets`.
         valid: V, bool `[B, *spatial, K]`.
         num_dilations: D; K = D·(channels a dilation).
+        weights: W ≥ 0, `[B, *spatial, K]`, from `affinity.pair_weights`; None for 1.
 
     Returns:
         Parts of shape `[D, 2]`: edges within a class, class edges.
 
     Raises:
-        ValueError: shapes that do not match, K not a multiple of D, NaN, targets out of range.
+        ValueError: shapes that do not match, K not a multiple of D, NaN, targets or weights out of
+            range.
     """
     logits, target, valid = check_affinity(logits, target, valid, num_dilations)
-    same, other = jnp.where(valid, target, 0), jnp.where(valid, 1 - target, 0)
+    weights = check_edge_weights(weights, valid)
+    same, other = weights * target, weights * (1 - target)
     sums = (same * jax.nn.softplus(-logits), other * jax.nn.softplus(logits))
     return Parts(
         jnp.stack([_per_dilation(x, num_dilations) for x in sums], axis=-1),
@@ -42,15 +51,21 @@ def affinity_balanced(
 
 
 def affinity_bce(
-    logits: ArrayLike, target: ArrayLike, valid: ArrayLike, num_dilations: int
+    logits: ArrayLike,
+    target: ArrayLike,
+    valid: ArrayLike,
+    num_dilations: int,
+    *,
+    weights: ArrayLike | None = None,
 ) -> Parts:
     """Plain binary cross-entropy over all valid edges; Parts of shape `[]`.
 
     Arguments and errors as `affinity_balanced`; soft targets allowed.
     """
     logits, target, valid = check_affinity(logits, target, valid, num_dilations)
-    loss = jnp.where(valid, optax.sigmoid_binary_cross_entropy(logits, target), 0)
-    return Parts(jnp.sum(loss), jnp.sum(valid, dtype=jnp.float32))
+    weights = check_edge_weights(weights, valid)
+    loss = weights * optax.sigmoid_binary_cross_entropy(logits, target)
+    return Parts(jnp.sum(loss), jnp.sum(weights))
 
 
 def affinity_focal(
@@ -61,8 +76,9 @@ def affinity_focal(
     *,
     gamma: float = 2.0,
     alpha: float = 0.25,
+    weights: ArrayLike | None = None,
 ) -> Parts:
-    """Sigmoid focal loss over all valid edges; Parts of shape `[]`: the sum, the number of edges.
+    """Sigmoid focal loss over all valid edges; Parts of shape `[]`: the sum, the edges' weight.
 
     -α_A·(1 - a_A)^γ·log a_A, with a_A = a and α_A = α for edges within a class, 1 - a and 1 - α for
     class edges: the default weighs the rare class edges 3:1. Lin et al. 2017
@@ -74,7 +90,8 @@ def affinity_focal(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a value in [0, 1]")
     loss = optax.sigmoid_focal_loss(logits, target, alpha=alpha, gamma=gamma)
-    return Parts(jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(valid, dtype=jnp.float32))
+    weights = check_edge_weights(weights, valid)
+    return Parts(jnp.sum(weights * loss), jnp.sum(weights))
 
 
 def affinity_ohem(

@@ -70,6 +70,20 @@ def check_affinity(
     return jnp.where(valid, logits, 0), jnp.where(valid, target, 0), valid
 
 
+def check_edge_weights(weights: ArrayLike | None, valid: jax.Array) -> jax.Array:
+    """Returns float32 weights of the edges, 0 where invalid; None is 1 everywhere."""
+    if weights is None:
+        return valid.astype(jnp.float32)
+    if np.shape(weights) != valid.shape:
+        raise ValueError(
+            f"weights have shape {np.shape(weights)}; expected that of the logits, {valid.shape}: "
+            "one for every edge, from affinity.pair_weights"
+        )
+    if not isinstance(weights, jax.core.Tracer) and not np.all(np.asarray(weights) >= 0):
+        raise ValueError(f"weights go down to {np.min(weights)}; expected 0 or more")
+    return jnp.where(valid, jnp.asarray(weights, jnp.float32), 0)
+
+
 def check_affinity_shapes(
     logits: ArrayLike, target: ArrayLike, valid: ArrayLike, num_dilations: int
 ) -> None:
