@@ -10,7 +10,7 @@ DIR holds one of
 Splits: train 367, validation 101, test 233 as SegNet made customary; from the original, by frame.
 The validation frames are one stretch of the sequence 0016E5, which is also in train, so validation
 overstates test by about 10 points of mIoU. To select anything, hold whole sequences out of train:
-`config.hold_out = ("0006R0",)` trains on the others, and `config.eval_split = "held_out"` evaluates
+`config.hold_out = ("0001TP",)` trains on the others, and `config.eval_split = "held_out"` evaluates
 on that one (sequences in train: 0001TP 62, 0006R0 101, 0016E5 204 frames).
 """
 
