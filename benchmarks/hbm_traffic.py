@@ -1,6 +1,6 @@
 """Memory traffic of a training step on a TPU v5e, compiled for it: no TPU is needed.
 
-    pip install -e '.[preflight]' && python -m benchmarks.hbm_traffic [--only cross_entropy]
+    pip install -e '.[preflight]' && python -m benchmarks.hbm_traffic [--only PART]
 
 DeepLabv3 on ResNet-50, 513², bfloat16, 8 images a chip, auxiliary head, as in
 configs/voc2012_deeplabv3_r50.py. Bytes are counted twice: to and from HBM in the schedule
@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +28,29 @@ from dilaff_jax.preflight import Programs
 CLASSES, ROWS, SIZE = 21, 8, (513, 513)
 
 
-def step(affinity: float) -> Callable[[Devices], Callable[[int], Any]]:
+def at_once(
+    function: Callable[..., losses.Parts], logits: jax.Array, labels: jax.Array, **options: Any
+) -> losses.Parts:
+    """`losses.enlarged` as it is usually written: all logits at the size of the labels."""
+    return function(resize.bilinear(logits, labels.shape[1:]), labels, **options)
+
+
+def step(
+    affinity: float, enlarged: Callable[..., losses.Parts] = losses.enlarged
+) -> Callable[[Devices], Callable[[int], Any]]:
     """What lowers the training step; affinity 0 is the plain baseline."""
 
     def make(devices: Devices) -> Callable[[int], Any]:
         config = voc2012_deeplabv3_r50.get_config()
         config.data.crop_size = SIZE
         config.loss.affinity = affinity
-        return Programs(config, CLASSES, SIZE, devices).train_step
+        program = Programs(config, CLASSES, SIZE, devices).train_step
+
+        def lower(rows: int) -> Any:
+            with mock.patch.object(losses, "enlarged", enlarged):
+                return program(rows)
+
+        return lower
 
     return make
 
@@ -60,12 +76,11 @@ def loss(
 
 
 PARTS = {
-    "cross_entropy_at_once": loss(
-        lambda x, y: losses.cross_entropy(resize.bilinear(x, y.shape[1:]), y)
-    ),
+    "cross_entropy_at_once": loss(lambda x, y: at_once(losses.cross_entropy, x, y)),
     "cross_entropy_by_rows": loss(lambda x, y: losses.enlarged(losses.cross_entropy, x, y)),
     "training_step": step(1.0),
     "training_step_without_affinity": step(0.0),
+    "training_step_without_affinity_losses_at_once": step(0.0, at_once),
 }
 
 
@@ -85,14 +100,14 @@ def row(name: str, found: Footprint) -> dict[str, Any]:
 def main() -> None:
     """Compiles the parts asked for, prints all rows so far, adds the new ones to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", default="", help="parts whose names begin so")
+    parser.add_argument("--only", default="", choices=("", *PARTS), help="one part alone")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     path = timing.RESULTS / "hbm_traffic.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     devices = Devices("shard_map", compile_for=chips.devices("v5e:1x1"))
     about = timing.provenance("flax", "libtpu")
-    for name in [name for name in PARTS if name.startswith(args.only)]:
+    for name in (args.only,) if args.only else PARTS:
         found = measure(name, PARTS[name](devices), ROWS, None)
         new = row(name, found) | {"commit": about["commit"], "versions": about["versions"]}
         rows = [r for r in rows if (r["part"], r["commit"]) != (name, about["commit"])] + [new]

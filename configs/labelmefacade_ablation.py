@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.crop_size = (160, 160)
     config.num_steps = 300
     config.loss.segmentation_options = {}
+    config.loss.affinity_class_weights = ()
     config.ablate.changes = {}
     config.ablate.rival_images = 40
     return config

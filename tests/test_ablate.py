@@ -139,6 +139,20 @@ def test_arms_differ_only_in_their_losses(data_dir):
         assert arms.as_json(other) == arms.as_json(joint)
 
 
+def test_a_folder_from_before_an_option_is_of_its_default(data_dir, tmp_path):
+    config = make_config(data_dir)
+    config.loss.affinity_class_weights = (1.0,) * 8
+    run_ = next(r for r in arms.runs(config, tmp_path) if r.arm == "joint")
+    old = copy.deepcopy(run_.config)
+    del old.loss.affinity_class_weights
+    run_.workdir.mkdir(parents=True)
+    (run_.workdir / "config.json").write_text(old.to_json_best_effort())
+    with pytest.raises(ValueError, match=r"loss.affinity_class_weights: found \[\], wanted \[1.0"):
+        arms.check_folder(run_)
+    run_.config.loss.affinity_class_weights = ()
+    arms.check_folder(run_)
+
+
 def test_a_folder_of_another_run_is_refused_with_what_differs(data_dir, tmp_path):
     config = make_config(data_dir)
     run_ = arms.runs(config, tmp_path)[0]

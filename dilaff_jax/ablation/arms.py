@@ -15,7 +15,9 @@ import ml_collections
 from absl import logging
 from tqdm import tqdm
 
-from dilaff_jax import checkpoint, locks, train
+from dilaff_jax import checkpoint, initialise, locks, optim, step, train
+from dilaff_jax.data import config as data_config
+from dilaff_jax.models import segmenter
 
 # Parts of a config that do not decide which weights a run ends with.
 FREE = (
@@ -135,6 +137,9 @@ def check_folder(run: Run) -> None:
     if not path.exists():
         return
     found, wanted = deciding(json.loads(path.read_text())), deciding(as_json(run.config))
+    # What a run was trained before was at its default then: every option defaults to what was.
+    defaults = _defaults()
+    found |= {k: defaults[k] for k in wanted.keys() & defaults.keys() - found.keys()}
     unknown = sorted(wanted.keys() - found.keys())
     if unknown:
         logging.warning(
@@ -166,6 +171,18 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
     free = [k for k in FREE if not (k == "refine" and loss.get("refined"))]
     free += OF_THE_HEAD if headless else ()
     return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in free)}
+
+
+def _defaults() -> dict[str, Any]:
+    """{dotted key: default} of the parts that decide a run's weights, as `deciding` has them."""
+    parts = {
+        "data": data_config.default(),
+        "model": segmenter.default_config(),
+        "loss": step.default_config(),
+        "optim": optim.default_config(),
+        "init": initialise.default_config(),
+    }
+    return _flat(as_json(ml_collections.ConfigDict(parts)))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
