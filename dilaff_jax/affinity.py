@@ -5,6 +5,7 @@ the 3^n - 1 neighbours in n dimensions. All functions work in any number of spat
 arrays are `[..., *spatial]` or `[..., *spatial, channels]`.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 IGNORE_LABEL = 255
+# Wider maps are shifted on a TPU, too: the product grows with the square of the width.
+_WIDEST = 640
 
 
 def offsets(
@@ -54,12 +57,16 @@ def shift(x: ArrayLike, offset: Sequence[int], fill: ArrayLike = 0) -> jax.Array
         ValueError: `x` has fewer axes than the offset needs.
     """
     x = jnp.asarray(x)
-    ndim = len(offset)
-    if x.ndim < ndim + 1:
+    if x.ndim < len(offset) + 1:
         raise ValueError(f"x has shape {x.shape}; an offset {tuple(offset)} needs [*spatial, C]")
+    return _shift(x, offset, fill, x.ndim - 1 - len(offset))
+
+
+def _shift(x: jax.Array, offset: Sequence[int], fill: ArrayLike, first: int) -> jax.Array:
+    """`shift` over the axes from `first` on."""
     fill = jnp.asarray(fill, x.dtype)
     padding = [(0, 0, 0)] * x.ndim
-    for axis, o in enumerate(offset, start=x.ndim - 1 - ndim):
+    for axis, o in enumerate(offset, start=first):
         if abs(o) >= x.shape[axis]:
             return jnp.full(x.shape, fill)
         padding[axis] = (-int(o), int(o), 0)
@@ -96,11 +103,50 @@ def targets(
     Raises:
         ValueError: `labels` are not integers or have fewer axes than the offsets.
     """
-    labels = _check_labels(labels, check_offsets(offsets).shape[1])[..., None]
+    labels = _check_labels(labels, check_offsets(offsets).shape[1])
     # Outside counts as ignored: one test then covers both reasons for a pair to be invalid.
-    neighbours = jnp.concatenate([shift(labels, o, ignore_label) for o in offsets], axis=-1)
-    valid = (labels != ignore_label) & (neighbours != ignore_label)
-    return (labels == neighbours) & valid, valid
+    neighbours = _label_neighbours(labels, check_offsets(offsets), ignore_label)
+    valid = (labels[..., None] != ignore_label) & (neighbours != ignore_label)
+    return (labels[..., None] == neighbours) & valid, valid
+
+
+def _label_neighbours(labels: jax.Array, offsets: np.ndarray, fill: int) -> jax.Array:
+    """labels[i + o] `[..., *spatial, K]`, `fill` outside; on a TPU in the form it is fast at."""
+    stacked = functools.partial(_neighbours, offsets=offsets, fill=fill)
+    if labels.dtype != jnp.uint8 or offsets.shape[1] != 2 or labels.shape[-1] > _WIDEST:
+        return stacked(labels)
+    products = functools.partial(_neighbours_by_product, offsets=offsets, fill=fill)
+    return jax.lax.platform_dependent(labels, tpu=products, default=stacked)
+
+
+def _neighbours(x: jax.Array, offsets: np.ndarray, fill: ArrayLike) -> jax.Array:
+    """x[i + o] of a map without channels: `[..., *spatial]` to `[..., *spatial, K]`."""
+    first = x.ndim - offsets.shape[1]
+    return jnp.stack([_shift(x, o, fill, first) for o in offsets], axis=-1)
+
+
+def _neighbours_by_product(labels: jax.Array, offsets: np.ndarray, fill: int) -> jax.Array:
+    """The same of uint8 `[..., H, W]`, as a product with zeros and ones that picks the columns.
+
+    A TPU keeps channels in the 128 lanes of its registers: K shifted maps, joined as channels, are
+    moved lane by lane and padded from 1 to 128 on the way. A product writes them where they belong,
+    at 18·K·H·W² operations for the nine rows of four dilations. Exact: it has one term that is not
+    0, and bfloat16 holds the integers to 256.
+    """
+    rows, of_row = np.unique(offsets[:, 0], return_inverse=True)
+    code = (labels.astype(jnp.int32) + 1).astype(jnp.bfloat16)  # 0 is outside
+    moved = [_shift(code, (int(row), 0), 0, labels.ndim - 2) for row in rows]
+    width = labels.shape[-1]
+    read, write = jnp.arange(width)[:, None, None], jnp.arange(width)[:, None]
+    column = read == write + offsets[:, 1]
+    picks = column & (np.arange(len(rows))[:, None, None, None] == of_row)  # [rows, W, W, K]
+    found = jnp.einsum(
+        "...hrv,rvwk->...hwk",
+        jnp.stack(moved, axis=-2),
+        picks.astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    ).astype(jnp.int32)
+    return jnp.where(found > 0, found - 1, fill).astype(labels.dtype)
 
 
 def pair_weights(
@@ -130,9 +176,8 @@ def pair_weights(
     _, valid = targets(labels, offsets, ignore_label)
     # What is ignored has no class; its weight is not used.
     known = jnp.where(jnp.asarray(labels) == ignore_label, 0, jnp.asarray(labels))
-    at = jnp.take(jnp.asarray(weights), known, mode="fill", fill_value=jnp.nan)[..., None]
-    neighbours = jnp.concatenate([shift(at, o) for o in check_offsets(offsets)], axis=-1)
-    return jnp.where(valid, (at + neighbours) / 2, 0)
+    at = jnp.take(jnp.asarray(weights), known, mode="fill", fill_value=jnp.nan)
+    return jnp.where(valid, (at[..., None] + _neighbours(at, offsets, 0)) / 2, 0)
 
 
 def soft_targets(

@@ -98,6 +98,20 @@ def test_borders_and_ignored_pixels_are_no_class_edges():
     assert np.asarray(valid).sum() == 144 - 16
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 11), (1, 1), (3, 2, 1, 7), (1, 20, 5)])
+def test_neighbours_by_product_are_those_by_shifts(shape):
+    """What a TPU runs; every label there is, and dilations beyond the map."""
+    labels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    labels.flat[0] = 255
+    for dilations in ((1, 2, 4, 8), (3,)):
+        offsets = affinity.offsets(dilations)
+        with jax.default_matmul_precision("bfloat16"):
+            found = affinity._neighbours_by_product(jnp.asarray(labels), offsets, 255)
+        expected = affinity._neighbours(jnp.asarray(labels), offsets, 255)
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == np.uint8
+
+
 def test_pair_weights_are_the_mean_of_both_ends_and_0_without_a_pair():
     labels = np.array([[0, 2, 255, 1]], np.uint8)
     found = affinity.pair_weights(labels, affinity.offsets((1,)), (1.0, 10.0, 4.0))

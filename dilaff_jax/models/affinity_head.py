@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dilaff_jax import affinity
@@ -66,9 +65,9 @@ class AffinityHead(nn.Module):
         size = -(-image.shape[1] // self.stride), -(-image.shape[2] // self.stride)
         maps = {"decoder": decoded, "stride4": features[1], "stride2": features[0], "image": image}
         brought = [self._bring(maps[s], s, size, train) for s in self.sources]
-        x = jnp.concatenate(brought, axis=-1)
-        for i, rate in enumerate(self.rates):
-            conv = functools.partial(layers.ConvNorm, self.width, 3, style=self.style)
+        conv = functools.partial(layers.ConvNorm, self.width, 3, style=self.style)
+        x = conv(dilation=self.rates[0], name="conv_0")(brought, train)
+        for i, rate in enumerate(self.rates[1:], start=1):
             x = conv(dilation=rate, name=f"conv_{i}")(x, train)
         half = affinity.offsets(self.dilations, symmetric=self.symmetric)
         x = layers.classifier(len(half), self.style)(x)
@@ -100,6 +99,8 @@ class AffinityHead(nn.Module):
         layers.check_choice("affinity.stride", self.stride, STRIDES)
         for source in self.sources:
             layers.check_choice("affinity.sources", source, SOURCES)
+        if not self.rates:
+            raise ValueError("affinity.rates are (); give one dilation or more, such as (1, 2, 4)")
         if not self.sources or len(set(self.sources)) < len(self.sources):
             raise ValueError(
                 f"affinity.sources are {self.sources}; give one or more of {SOURCES}, each once"

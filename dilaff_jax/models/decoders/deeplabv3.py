@@ -50,8 +50,7 @@ class ASPP(nn.Module):
         mean = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
         # Its batch statistics come from one value an image, often close together.
         pooled = conv(two_pass=True, name="pool")(mean, train)
-        branches.append(jnp.broadcast_to(pooled, branches[0].shape))
-        x = conv(name="project")(jnp.concatenate(branches, axis=-1), train)
+        x = conv(name="project")([*branches, pooled], train)
         return layers.Dropout(self.dropout, self.style)(x, train)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from dilaff_jax.models import layers
 
@@ -40,7 +39,7 @@ class PSPNet(nn.Module):
             level = layers.adaptive_average_pool(x, size)
             level = conv(two_pass=True, name=f"bin_{size}")(level, train)
             levels.append(layers.resize_to(level, x.shape[1:3]))
-        x = conv(kernel=3, name="conv")(jnp.concatenate(levels, axis=-1), train)
+        x = conv(kernel=3, name="conv")(levels, train)
         y = layers.Dropout(self.dropout, self.style)(x, train)
         return layers.classifier(self.num_classes, self.style)(y), x
 

@@ -4,11 +4,11 @@ Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597), with padded convolut
 enlargement.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from dilaff_jax.models import layers
 
@@ -39,9 +39,10 @@ class UNet(nn.Module):
         x = features[-1]
         # Not strict: fewer widths than finer features stop at a coarser stride.
         for i, (skip, width) in enumerate(zip(features[-2::-1], self.widths, strict=False)):
-            x = jnp.concatenate([layers.resize_to(x, skip.shape[1:3]), skip], axis=-1)
-            for j in range(2):
-                x = layers.ConvNorm(width, 3, style=self.style, name=f"up{i}_conv{j}")(x, train)
+            conv = functools.partial(layers.ConvNorm, width, 3, style=self.style)
+            joined = [layers.resize_to(x, skip.shape[1:3]), skip]
+            x = conv(name=f"up{i}_conv0")(joined, train)
+            x = conv(name=f"up{i}_conv1")(x, train)
         y = layers.Dropout(self.dropout, self.style)(x, train)
         return layers.classifier(self.num_classes, self.style)(y), x
 
