@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dilaff_jax import affinity
-from dilaff_jax.models import decoders, segmenter
+from dilaff_jax.models import decoders, layers, segmenter
 from dilaff_jax.models.encoders import resnet
 from tests.test_encoders import SHORT, random_variables
 
@@ -162,6 +162,30 @@ def test_the_head_reads_only_what_it_is_told_to():
     assert reads("image") == {"encoder": False, "decoder": False, "affinity_head": True}
     assert reads("stride2") == {"encoder": True, "decoder": False, "affinity_head": True}
     assert reads("decoder") == {"encoder": True, "decoder": True, "affinity_head": True}
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_joined_maps_are_convolved_as_if_they_lay_in_one(kernel):
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(2, 9, 7, c)).astype(np.float32) for c in (3, 5, 4)]
+    if kernel == 1:  # what is one value an image is so everywhere
+        maps.append(rng.normal(size=(2, 1, 1, 6)).astype(np.float32))
+    whole = np.concatenate([np.broadcast_to(x, (2, 9, 7, x.shape[-1])) for x in maps], axis=-1)
+    layer = layers.ConvNorm(8, kernel, dilation=2)
+    variables = layer.init(jax.random.key(0), whole, train=True)
+    joined = layer.init(jax.random.key(0), maps, train=True)
+    jax.tree.map(np.testing.assert_array_equal, joined, variables)
+
+    def loss(params, x):
+        found = layer.apply(variables | {"params": params}, x, train=True, mutable="batch_stats")
+        return jnp.sum(jnp.sin(found[0])), found
+
+    for a, b in zip(
+        jax.tree.leaves(jax.value_and_grad(loss, has_aux=True)(variables["params"], maps)),
+        jax.tree.leaves(jax.value_and_grad(loss, has_aux=True)(variables["params"], whole)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_symmetric_head_predicts_the_same_from_both_ends():

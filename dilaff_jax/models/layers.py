@@ -82,7 +82,7 @@ class ConvNorm(nn.Module):
         padding = "SAME" if self.padding == "same" else ((reach, reach), (reach, reach))
         if isinstance(x, Sequence):
             assert not self.depthwise
-            x = JoinedConv(
+            y = JoinedConv(
                 self.features,
                 self.kernel,
                 self.stride,
@@ -92,7 +92,7 @@ class ConvNorm(nn.Module):
                 name="conv",
             )(x)
         else:
-            x = nn.Conv(
+            y = nn.Conv(
                 self.features,
                 (self.kernel, self.kernel),
                 strides=self.stride,
@@ -105,8 +105,8 @@ class ConvNorm(nn.Module):
                 conv_general_dilated=depthwise.conv if self.depthwise else dense.conv,
                 name="conv",
             )(x)
-        x = self._norm(train)(x)
-        return x if self.activation is None else self.activation(x)
+        y = self._norm(train)(y)
+        return y if self.activation is None else self.activation(y)
 
     def _norm(self, train: bool) -> nn.Module:
         if self.style.norm == "group":
