@@ -319,6 +319,7 @@ def test_lists_and_locked_configs_work_as_configs_write_them():
         ({"affinity": {"dilations": (0, 1)}}, r"dilations is \(0, 1\); expected positive integers"),
         ({"affinity": {"dilations": (1, 1)}}, r"dilations are \(1, 1\); each may be given once"),
         ({"affinity": {"width": 0}}, "width is 0; expected a positive integer"),
+        ({"affinity": {"rates": ()}}, r"rates are \(\); give one dilation or more"),
         ({"affinity": {"symmetric": 1}}, "symmetric is 1; expected True or False"),
         ({"affinity": True}, "affinity is True; expected a dict of options or None"),
         ({"decoder_options": None}, "decoder_options is None; expected a dict of options$"),
