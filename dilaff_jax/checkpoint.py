@@ -165,7 +165,13 @@ def read_variables(
     for file, reason in _unreadable_scores(folder):
         raise _damaged(file.parents[1], f"its score: {reason}")
     options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_score)
-    with ocp.CheckpointManager(folder, item_handlers=_handlers(), options=options) as manager:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
+    try:
+        reader = ocp.CheckpointManager(folder, item_handlers=_handlers(), options=options)
+    finally:
+        logging.set_verbosity(verbosity)
+    with reader as manager:
         step = None if latest else manager.best_step()
         step = manager.latest_step() if step is None else step
         if step is None:

@@ -233,6 +233,12 @@ def test_slurm_gives_a_process_all_gpus_of_its_node():
     assert requeue == ["scontrol", "requeue", "JOB"]
 
 
+def test_slurm_says_how_it_is_submitted_where_no_job_runs_it():
+    refused = call("slurm.sbatch", *RUN, check=False)
+    assert refused.returncode == 2
+    assert "submit it: sbatch launch/slurm.sbatch --config" in refused.stderr
+
+
 def test_slurm_gives_each_of_several_processes_the_gpu_that_jax_picks():
     env = {"SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_NODE": "4"}
     assert dry_run("slurm.sbatch", *RUN, env=env)[0] == ["JAX_LOCAL_DEVICE_IDS="]
