@@ -38,7 +38,7 @@ class Summary:
     def __str__(self) -> str:
         lines = [f"  {reason}" for reason in self.failed.values()]
         if lines:
-            lines.insert(0, f"{len(lines)} files failed:")
+            lines.insert(0, "1 file failed:" if len(lines) == 1 else f"{len(lines)} files failed:")
         return "\n".join([f"{self.images} images segmented", *lines])
 
 
