@@ -13,7 +13,6 @@ import argparse
 import json
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,29 +27,14 @@ from dilaff_jax.preflight import Programs
 CLASSES, ROWS, SIZE = 21, 8, (513, 513)
 
 
-def at_once(
-    function: Callable[..., losses.Parts], logits: jax.Array, labels: jax.Array, **options: Any
-) -> losses.Parts:
-    """`losses.enlarged` as it is usually written: all logits at the size of the labels."""
-    return function(resize.bilinear(logits, labels.shape[1:]), labels, **options)
-
-
-def step(
-    affinity: float, enlarged: Callable[..., losses.Parts] = losses.enlarged
-) -> Callable[[Devices], Callable[[int], Any]]:
+def step(affinity: float) -> Callable[[Devices], Callable[[int], Any]]:
     """What lowers the training step; affinity 0 is the plain baseline."""
 
     def make(devices: Devices) -> Callable[[int], Any]:
         config = voc2012_deeplabv3_r50.get_config()
         config.data.crop_size = SIZE
         config.loss.affinity = affinity
-        program = Programs(config, CLASSES, SIZE, devices).train_step
-
-        def lower(rows: int) -> Any:
-            with mock.patch.object(losses, "enlarged", enlarged):
-                return program(rows)
-
-        return lower
+        return Programs(config, CLASSES, SIZE, devices).train_step
 
     return make
 
@@ -76,11 +60,12 @@ def loss(
 
 
 PARTS = {
-    "cross_entropy_at_once": loss(lambda x, y: at_once(losses.cross_entropy, x, y)),
+    "cross_entropy_at_once": loss(
+        lambda x, y: losses.cross_entropy(resize.bilinear(x, y.shape[1:]), y)
+    ),
     "cross_entropy_by_rows": loss(lambda x, y: losses.enlarged(losses.cross_entropy, x, y)),
     "training_step": step(1.0),
     "training_step_without_affinity": step(0.0),
-    "training_step_without_affinity_losses_at_once": step(0.0, at_once),
 }
 
 

@@ -103,9 +103,10 @@ def targets(
     Raises:
         ValueError: `labels` are not integers or have fewer axes than the offsets.
     """
-    labels = _check_labels(labels, check_offsets(offsets).shape[1])
+    offsets = check_offsets(offsets)
+    labels = _check_labels(labels, offsets.shape[1])
     # Outside counts as ignored: one test then covers both reasons for a pair to be invalid.
-    neighbours = _label_neighbours(labels, check_offsets(offsets), ignore_label)
+    neighbours = _label_neighbours(labels, offsets, ignore_label)
     valid = (labels[..., None] != ignore_label) & (neighbours != ignore_label)
     return (labels[..., None] == neighbours) & valid, valid
 
@@ -173,9 +174,11 @@ def pair_weights(
     weights = np.asarray(class_weights, np.float32)
     if weights.ndim != 1 or not weights.size or not np.all(weights >= 0):
         raise ValueError(f"class_weights are {class_weights}; expected [C] numbers, 0 or more")
+    offsets = check_offsets(offsets)
+    labels = _check_labels(labels, offsets.shape[1])
     _, valid = targets(labels, offsets, ignore_label)
     # What is ignored has no class; its weight is not used.
-    known = jnp.where(jnp.asarray(labels) == ignore_label, 0, jnp.asarray(labels))
+    known = jnp.where(labels == ignore_label, 0, labels)
     at = jnp.take(jnp.asarray(weights), known, mode="fill", fill_value=jnp.nan)
     return jnp.where(valid, (at[..., None] + _neighbours(at, offsets, 0)) / 2, 0)
 

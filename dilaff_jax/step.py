@@ -201,7 +201,7 @@ class Objective:
                 "loss.affinity and loss.refined need an affinity head: set model.affinity, {} for "
                 "its defaults, or set both to 0 for the plain baseline"
             )
-        if loss.affinity_class_weights and loss.affinity_loss in ("ohem", "max_pooling"):
+        if loss.affinity_class_weights and loss.affinity_loss in MINING:
             raise ValueError(
                 f"loss.affinity_loss {loss.affinity_loss!r} mines its edges and takes no "
                 "loss.affinity_class_weights; use 'balanced', 'bce' or 'focal', or set ()"

@@ -1,13 +1,16 @@
 """Every config: it builds, its first batch fits, its training step can be traced."""
 
+import collections
 import importlib
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
+from configs import camvid_ablation
 from dilaff_jax import optim, parallel, step, train
 from dilaff_jax.data import datasets, pipeline, prepare
 from dilaff_jax.models import segmenter
@@ -54,6 +57,20 @@ def data_dir(tmp_path_factory):
     options = datasets.builder_class("image_folder").options_type(classes=FACADE)
     prepare.prepare(FACADE_SET, target, source / "facade", options)
     return target
+
+
+def test_camvid_is_selected_on_the_sequence_that_shows_every_class(real_data):
+    """What `camvid_ablation` and the findings say of the labels of its sequences."""
+    images, shown = collections.Counter(), collections.defaultdict(collections.Counter)
+    for path in (real_data / "camvid" / "train" / "labels").glob("*.png"):
+        sequence = path.name.partition("_")[0]
+        images[sequence] += 1
+        shown[sequence].update(set(np.unique(np.asarray(PIL.Image.open(path)))) - {255})
+    (chosen,) = camvid_ablation.get_config().data.hold_out
+    assert images[chosen] == 62
+    assert min(shown[chosen][c] / images[chosen] for c in range(11)) > 1 / 5
+    bicyclist = 10
+    assert (shown["0006R0"][bicyclist], images["0006R0"]) == (14, 101)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

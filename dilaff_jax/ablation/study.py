@@ -183,7 +183,7 @@ def _differences(
             if kind in row:
                 found[f"{kind} minus {name}"] = {
                     figure: statistics.paired(row[kind][figure], other[figure])
-                    for figure in ("miou", "boundary_f")
+                    for figure in selection.FIGURES
                 }
     return found
 
@@ -200,8 +200,8 @@ def table(result: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            *(said(row["plain"], f) for f in ("miou", "boundary_f")),
-            *(said(row.get("refined"), f) for f in ("miou", "boundary_f")),
+            *(said(row["plain"], f) for f in selection.FIGURES),
+            *(said(row.get("refined"), f) for f in selection.FIGURES),
             said(row.get("affinity"), "mean/average_precision"),
             row.get("refined", {}).get("operator", "-"),
         ]
