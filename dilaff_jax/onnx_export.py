@@ -9,6 +9,7 @@ affinity_logits as `dilaff_jax.export` does; batch and size are fixed.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -23,6 +24,9 @@ import numpy as np
 from dilaff_jax import export
 from dilaff_jax import network as network_lib
 from dilaff_jax.network import Network
+
+# Primitives that only call: `jax.jit`, and functions with a gradient of their own.
+_CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 
 
 def write(network: Network, path: str | os.PathLike, size: Sequence[int]) -> dict[str, Any]:
@@ -66,12 +70,37 @@ def _flat(network: Network, images: jax.ShapeDtypeStruct) -> tuple[list[str], Ca
     """The exported program's outputs by name, and it as a function of plain JAX operations.
 
     jax2onnx replaces layers of Flax by its own, which know less (no explicit padding of a pool);
-    once traced, no layer is left to be replaced.
+    once traced, no layer is left to be replaced. It knows no platforms either: what is written for
+    one of them is left out.
     """
-    from jax.extend.core import jaxpr_as_fun
-
     traced, shapes = jax.make_jaxpr(export.program(network), return_shape=True)(images)
-    return sorted(shapes), jaxpr_as_fun(traced)
+    return sorted(shapes), functools.partial(_run, traced.jaxpr, traced.consts)
+
+
+def _run(jaxpr: Any, consts: Sequence[Any], *arguments: Any) -> list[Any]:
+    """Runs a jaxpr; of `lax.platform_dependent` the default, calls in line."""
+    from jax.extend.core import Literal
+
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "platform_index":
+            continue
+        if name == "cond" and params.get("branches_platforms"):
+            inner = params["branches"][params["branches_platforms"].index(None)]
+            found = _run(inner.jaxpr, inner.consts, *map(read, equation.invars[1:]))
+        elif name in _CALLS:
+            inner = params.get("jaxpr", params.get("call_jaxpr"))
+            found = _run(inner.jaxpr, inner.consts, *map(read, equation.invars))
+        else:
+            found = equation.primitive.bind(*map(read, equation.invars), **params)
+            found = found if equation.primitive.multiple_results else [found]
+        values.update(zip(equation.outvars, found, strict=True))
+    return [read(variable) for variable in jaxpr.outvars]
 
 
 def _two_axes_of_pooling(graph: Any) -> None:

@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -142,6 +143,18 @@ def test_an_onnx_file_equals_the_model(tiny_run, tmp_path):
     assert worst.keys() == {"labels", "probs", "logits", "affinity_logits"}
     assert worst["labels"] == 0
     assert max(worst.values()) < 1e-4  # the logits are of the order of ten
+
+
+def test_what_is_converted_to_onnx_is_written_for_no_platform(tiny_run):
+    net = network.from_run(tiny_run)[0]
+    x = jnp.asarray(IMAGES[:1], jnp.float32)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    assert "platform_index" in str(jax.make_jaxpr(export.program(net))(shape))
+    names, function = onnx_export._flat(net, shape)
+    assert "platform" not in str(jax.make_jaxpr(function)(shape))
+    wanted = jax.jit(export.program(net))(x)
+    for name, value in zip(names, jax.jit(function)(x), strict=True):
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_converter_the_message_says_how_to_get_it(tiny_run, tmp_path, monkeypatch):

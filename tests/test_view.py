@@ -127,7 +127,7 @@ def served(workdir, folder, log):
 @pytest.mark.slow
 def test_a_visitor_browses_moves_a_slider_and_clicks_a_pixel(tiny_run, tmp_path):
     pytest.importorskip("nicegui", reason="the page needs the extra [view]")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, extra [dev]")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("needs a Chromium (apt-get install chromium)")
