@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from dilaff_jax import affinity, losses, metrics, propagate, resize
+from dilaff_jax import affinity, losses, memory, metrics, propagate, resize
 from dilaff_jax.parallel import AXIS
 
 Batch: TypeAlias = Mapping[str, jax.Array]
@@ -273,7 +273,11 @@ class TrainStep:
         """
         key = jax.random.fold_in(jax.random.key(self._config.seed), state.step)
         gradient, batch_stats, found, confusion = self._gradient(state, batch, key)
-        updates, opt_state = self._tx.update(gradient, state.opt_state, state.params)
+        # Written down, or each is made again wherever it is read, from parameters that then have to
+        # be copied before they can be overwritten.
+        updates, opt_state = memory.written(
+            self._tx.update(gradient, state.opt_state, state.params)
+        )
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:

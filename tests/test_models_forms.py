@@ -1,12 +1,15 @@
-"""Depthwise and dense convolution: the same numbers and gradients as XLA's, in either form."""
+"""What has a form of its own on a CPU: the same numbers and gradients as in the other form."""
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from dilaff_jax.models import dense, depthwise
+from dilaff_jax import memory
+from dilaff_jax.models import dense, depthwise, layers
 from tests.test_encoders import noise
 
 
@@ -22,10 +25,14 @@ def native(x, kernel, strides, padding, rates):
     )
 
 
-FORMS = [(depthwise.conv, (1, 4)), (dense.conv, (4, 3))]
+FORMS = [(depthwise.conv, 4, (1, 4)), (dense.conv, 8, (8, 3))]
 
 
-@pytest.mark.parametrize(("conv", "channels"), FORMS)
+@pytest.mark.parametrize(
+    ("conv", "channels", "filters"),
+    # An image, and more features than channels: each has a filter gradient of its own.
+    [*FORMS, (dense.conv, 3, (3, 4)), (dense.conv, 8, (8, 10))],
+)
 @pytest.mark.parametrize(
     ("size", "padding"),
     [((9, 12), "SAME"), ((9, 12), "torch"), ((9, 12), ((2, 1), (0, 3))), ((8, 1), "torch")],
@@ -35,11 +42,13 @@ FORMS = [(depthwise.conv, (1, 4)), (dense.conv, (4, 3))]
     # At rate 11 only the middle of the filter sees the image.
     [(3, 1, 1), (5, 2, 1), (5, 1, 2), (3, 2, 3), (1, 2, 1), (3, 1, 11)],
 )
-def test_values_and_gradients_are_xlas_own(conv, channels, size, padding, kernel, stride, rate):
+def test_values_and_gradients_are_xlas_own(
+    conv, channels, filters, size, padding, kernel, stride, rate
+):
     if padding == "torch":
         reach = rate * (kernel - 1) // 2
         padding = ((reach, reach), (reach, reach))
-    x, w = noise(2, *size, 4), noise(kernel, kernel, *channels, seed=1)
+    x, w = noise(2, *size, channels), noise(kernel, kernel, *filters, seed=1)
     strides, rates = (stride, stride), (rate, rate)
     if not isinstance(padding, str) and any(
         n + sum(p) < rate * (kernel - 1) + 1 for n, p in zip(size, padding, strict=True)
@@ -61,9 +70,9 @@ def test_values_and_gradients_are_xlas_own(conv, channels, size, padding, kernel
         np.testing.assert_allclose(a, b, atol=1e-6 * max(10, float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize(("conv", "channels"), FORMS)
-def test_bfloat16_in_gives_bfloat16_out_summed_in_float32(conv, channels):
-    images, kernels = noise(2, 9, 9, 4), noise(5, 5, *channels, seed=1)
+@pytest.mark.parametrize(("conv", "channels", "filters"), FORMS)
+def test_bfloat16_in_gives_bfloat16_out_summed_in_float32(conv, channels, filters):
+    images, kernels = noise(2, 9, 9, channels), noise(5, 5, *filters, seed=1)
     x, w = (jnp.asarray(v, jnp.bfloat16) for v in (images, kernels))
 
     def loss(x, w):
@@ -78,29 +87,69 @@ def test_bfloat16_in_gives_bfloat16_out_summed_in_float32(conv, channels):
 @pytest.mark.parametrize(
     ("platform", "calls_conv"), [("cpu", False), ("cuda", True), ("tpu", True)]
 )
-@pytest.mark.parametrize(("conv", "channels"), FORMS)
-def test_each_platform_gets_the_form_that_it_is_fast_at(platform, calls_conv, conv, channels):
+@pytest.mark.parametrize(("conv", "channels", "filters"), FORMS)
+def test_each_platform_gets_the_form_that_it_is_fast_at(
+    platform, calls_conv, conv, channels, filters
+):
     def loss(x, w):
         return jnp.sum(conv(x, w, (1, 1), "SAME", rhs_dilation=(2, 2)) ** 2)
 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(
-        noise(1, 8, 8, 4), noise(3, 3, *channels)
+        noise(1, 8, 8, channels), noise(3, 3, *filters)
     )
     program = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.convolution" in program) == calls_conv
 
 
-@pytest.mark.parametrize(("conv", "channels"), FORMS)
+@pytest.mark.parametrize(("conv", "channels", "filters"), FORMS)
 @pytest.mark.parametrize(("stride", "rate"), [(1, 1), (2, 1), (1, 5)])
-def test_it_is_exported_for_any_size(conv, channels, stride, rate):
-    kernel = noise(3, 3, *channels, seed=1)
+def test_it_is_exported_for_any_size(conv, channels, filters, stride, rate):
+    kernel = noise(3, 3, *filters, seed=1)
 
     def function(x):
         return conv(x, kernel, (stride,) * 2, ((rate, rate),) * 2, rhs_dilation=(rate,) * 2)
 
     height, width = jax.export.symbolic_shape("h, w", constraints=["h >= 16", "w >= 16"])
-    shape = jax.ShapeDtypeStruct((2, height, width, 4), jnp.float32)
+    shape = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
     exported = jax.export.export(jax.jit(function))(shape)
     for size in ((16, 19), (23, 17)):
-        x = noise(2, *size, 4)
+        x = noise(2, *size, channels)
         np.testing.assert_allclose(exported.call(x), function(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(7, 10), (8, 9), (1, 2)])
+def test_the_maximum_and_its_gradient_are_torchs(size):
+    # Integers: many pixels are equal, and the gradient of which is settled by their order alone.
+    x = np.floor(noise(2, *size, 3) * 2)
+    given = noise(2, *((n + 1) // 2 for n in size), 3, seed=1)
+    ours, back = jax.vjp(jax.jit(layers.max_pool), x)
+    theirs = torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).requires_grad_()
+    found = torch.nn.functional.max_pool2d(theirs, 3, stride=2, padding=1)
+    found.backward(torch.from_numpy(np.array(given)).permute(0, 3, 1, 2))
+    np.testing.assert_array_equal(ours, found.detach().permute(0, 2, 3, 1))
+    np.testing.assert_allclose(back(given)[0], theirs.grad.permute(0, 2, 3, 1), atol=1e-6)
+
+
+def test_the_maximum_with_nan_is_nan_on_every_platforms_form():
+    x = noise(1, 9, 9, 2)
+    x[0, 3:5, 4, 0] = np.nan
+    library = nn.max_pool(jnp.asarray(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
+    assert np.isnan(library).sum() == 2
+    np.testing.assert_array_equal(layers.max_pool(x), library)
+
+
+def test_what_is_written_is_computed_once():
+    def chain(x, held):
+        y = jnp.maximum(2 * x + 1, 0)
+        y = memory.written({"y": y})["y"] if held else y
+        return y[1:] @ x[:-1].T, y[:-1] @ x[1:].T
+
+    x = noise(64, 64)
+
+    def maxima(held):
+        program = jax.jit(chain, static_argnums=1).lower(x, held).compile().as_text()
+        return program.count(" maximum(")
+
+    assert (maxima(False), maxima(True)) == (2, 1)
+    np.testing.assert_allclose(chain(x, True), chain(x, False), atol=1e-4)
+    np.testing.assert_allclose(jax.grad(lambda x: memory.written(x).sum())(x), np.ones((64, 64)))

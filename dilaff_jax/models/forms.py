@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import jax
 
+from dilaff_jax import memory
+
 Padding = str | Sequence[tuple[int, int]]
 Pads = tuple[tuple[int, int], ...]
 Pair = tuple[jax.Array, jax.Array]
@@ -57,6 +59,7 @@ def conv(x: jax.Array, kernel: jax.Array, form: Form, at: Geometry) -> jax.Array
 
 
 def _forward(x: jax.Array, kernel: jax.Array, form: Form, at: Geometry) -> tuple[jax.Array, Pair]:
+    x = memory.written(x)
     return conv(x, kernel, form, at), (x, kernel)
 
 

@@ -239,6 +239,36 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     return pooled.astype(x.dtype)
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    """The maximum of 3×3 pixels around every other one: `[B, H, W, C]` to `[B, ⌈H/2⌉, ⌈W/2⌉, C]`.
+
+    Equal to `torch.nn.functional.max_pool2d(x, 3, stride=2, padding=1)`. The gradient goes to the
+    first of the pixels that are equal.
+    """
+
+    def library(x: jax.Array) -> jax.Array:
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+    if not all(isinstance(n, int) for n in x.shape[1:3]):
+        return library(x)  # exported for any size
+    # XLA's CPU backend looks for the maximum once more in the backward pass, and scatters to it.
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: _maximum(_maximum(x, axis=2), axis=1), default=library
+    )
+
+
+def _maximum(x: jax.Array, axis: int) -> jax.Array:
+    """The maximum of three pixels around every other one along one axis; NaN stays NaN."""
+    padding = [(1, 1) if a == axis else (0, 0) for a in range(x.ndim)]
+    padded = jnp.pad(x, padding, constant_values=-jnp.inf)
+    size = (x.shape[axis] + 1) // 2
+    best = jax.lax.slice_in_dim(padded, 0, 2 * size - 1, 2, axis)
+    for start in (1, 2):
+        other = jax.lax.slice_in_dim(padded, start, start + 2 * size - 1, 2, axis)
+        best = jnp.where((other > best) | jnp.isnan(other), other, best)
+    return best
+
+
 def check_choice(option: str, found: object, allowed: Sequence[object]) -> None:
     """Raises ValueError naming the option, the value found and the values allowed."""
     if found not in allowed:

@@ -95,7 +95,7 @@ class ResNet(nn.Module):
         """Returns the features, finest first."""
         x = layers.ConvNorm(64, 7, 2, style=self.style, name="conv1")(x, train)
         features = [x]
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = layers.max_pool(x)
         block = nn.remat(self.block, static_argnums=(2,)) if self.style.remat else self.block
         for stage, (stride, rates) in enumerate(self._plan()):
             for i, pair in enumerate(rates):
