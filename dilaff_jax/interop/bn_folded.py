@@ -19,6 +19,7 @@ import numpy as np
 from dilaff_jax.interop import torch_layout
 from dilaff_jax.interop.files import State
 from dilaff_jax.models import layers
+from dilaff_jax.models.batch_norm import BatchNorm
 
 Path = tuple[str, ...]
 
@@ -127,7 +128,7 @@ def _input_statistics(
     found: dict[Path, tuple[jax.Array, jax.Array]] = {}
 
     def record(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.BatchNorm):
+        if isinstance(context.module, BatchNorm):
             x = args[0].astype(jnp.float32)
             found[context.module.path] = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
         return next_method(*args, **kwargs)

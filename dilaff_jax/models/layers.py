@@ -13,6 +13,7 @@ import numpy as np
 
 from dilaff_jax import resize
 from dilaff_jax.models import dense, depthwise
+from dilaff_jax.models.batch_norm import BatchNorm
 
 Padding: TypeAlias = Literal["symmetric", "same"]
 TorchKeys: TypeAlias = tuple[tuple[str, str], ...]
@@ -116,13 +117,13 @@ class ConvNorm(nn.Module):
                 dtype=self.style.dtype,
                 name="norm",
             )
-        return nn.BatchNorm(
+        return BatchNorm(
             use_running_average=not train or self.style.frozen_norm,
             momentum=MOMENTUM,
             epsilon=self.epsilon,
             dtype=self.style.dtype,
             axis_name=self.style.axis_name,
-            use_fast_variance=not self.two_pass,
+            two_pass=self.two_pass,
             name="norm",
         )
 

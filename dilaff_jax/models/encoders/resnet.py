@@ -9,6 +9,7 @@ import functools
 import flax.linen as nn
 import jax
 
+from dilaff_jax import memory
 from dilaff_jax.models import layers
 
 
@@ -103,6 +104,8 @@ class ResNet(nn.Module):
                 x = block(64 * 2**stage, stride if i == 0 else 1, pair, self.style, name=name)(
                     x, train
                 )
+                if train:  # or every block of a stage would compute all before it again
+                    x = memory.written(x)
             features.append(x)
         return tuple(features)
 
