@@ -15,7 +15,8 @@ def written(tree: T) -> T:
     XLA's CPU backend repeats elementwise operations in all that read their result: a chain of
     residual blocks, for example, in every window that a convolution takes. It does so through
     `lax.optimization_barrier`, too, but not through a layout that is asked for. Accelerators fuse
-    by what it costs and are left alone. Differentiable. Our choice.
+    by what it costs and are left alone. Differentiable. For training only: `jax.export` refuses to
+    write such a program. Our choice.
     """
     return jax.lax.platform_dependent(
         tree, cpu=lambda tree: jax.tree.map(_laid_out, tree), default=lambda tree: tree
