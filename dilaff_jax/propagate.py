@@ -434,8 +434,7 @@ def _inside_sum(weights: jax.Array, offsets: Offsets, on_cpu: bool) -> jax.Array
     inside = affinity_lib.inside(spatial, np.array(offsets))
     if not on_cpu or not all(isinstance(n, int) for n in spatial):
         return jnp.sum(weights * inside, axis=-1, keepdims=True)
-    # Where i+o is inside is asked along the border only. Asked everywhere, it took longer than a
-    # step.
+    # Where i+o is inside is asked along the border only: everywhere, XLA asks it number by number.
     total = weights.sum(axis=-1, keepdims=True)
     for axis, n in enumerate(spatial):
         reach = min(max(abs(o[axis]) for o in offsets), n)
