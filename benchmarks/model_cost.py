@@ -19,6 +19,7 @@ import rich.table
 import tqdm
 
 from benchmarks import timing
+from configs import default
 from dilaff_jax import propagate, resize
 from dilaff_jax.cost import abstract_variables, flops, gradient, parameters, temporaries
 from dilaff_jax.models import segmenter
@@ -40,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "efficientnet_lite1 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
     "efficientnet_lite2 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
 }
+# As every config has it that does not say otherwise.
+HEAD: dict[str, Any] = default.get_config().model.affinity.to_dict()
 # Beside so light a base the default head is no minor expense; a narrower one is given too.
 WIDTHS = {
     name: (64, 24) if config.get("decoder_options") else (64,) for name, config in MODELS.items()
@@ -124,7 +127,7 @@ def compare(name: str, size: int) -> list[dict[str, Any]]:
     base = cost(name, size, None)
     rows = []
     for width in WIDTHS[name]:
-        head = cost(name, size, {"width": width})
+        head = cost(name, size, HEAD | {"width": width})
         percent = {
             "parameters_percent": 100 * (head["parameters"] / base["parameters"] - 1),
             "head_flops_percent": 100 * (head["gflop"] / base["gflop"] - 1),
@@ -146,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     grid = -(-options.size // 4)
     content: dict[str, Any] = {
         "config": {"size": options.size, "classes": NUM_CLASSES, "batch": 1, "steps": STEPS}
-        | {"affinity_stride": 4, "K": 32, "models": MODELS},
+        | {"head": HEAD, "affinity_stride": 4, "K": 32, "models": MODELS},
         "provenance": timing.provenance("flax"),
         "step_gflop_by_formula": 2 * 33 * NUM_CLASSES * grid**2 / 1e9,
         "rows": rows,

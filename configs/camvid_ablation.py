@@ -13,9 +13,10 @@ training split, so levels overstate the test split; differences are what is aske
 The third is 0001TP because every class is in at least a fifth of its images. In 0006R0, of which
 more could be chosen by, cyclists are in 14 of 101, and no mean over classes can be chosen by there.
 
-    ... --mode study --config.ablate.seeds="(0,)"
+    ... --mode study
 
-compares it with an affinity loss in which all pairs weigh the same, on 0001TP alone.
+compares it, on 0001TP alone, with an affinity loss in which all pairs weigh the same, and with a
+head that does not read the encoder's map of stride 2.
 """
 
 import ml_collections
@@ -43,5 +44,8 @@ def get_config() -> ml_collections.ConfigDict:
             "color_sigma": (3.0, 5.0, 13.0),
             "bilateral_weight": (2.0, 4.0, 10.0),
         }
-        config.ablate.changes = {"unweighted": {"loss": {"affinity_class_weights": ()}}}
+        config.ablate.changes = {
+            "unweighted": {"loss": {"affinity_class_weights": ()}},
+            "without_stride2": {"model": {"affinity": {"sources": ("decoder", "stride4")}}},
+        }
     return config
