@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = data.default()
     config.model = segmenter.default_config()
-    # The head's default sources without "stride2": on photographs it gained nothing (findings.md),
+    # The head's default sources without "stride2": on CamVid it gained nothing (findings.md),
     # and it moved a third of what the affinity adds to a training step on a TPU (performance.md).
     config.model.affinity = ml_collections.ConfigDict({"sources": ("decoder", "stride4")})
     config.loss = step.default_config()
