@@ -5,8 +5,8 @@
 DeepLabv3 on ResNet-50, 513², bfloat16, 8 images a chip, auxiliary head, as in
 configs/voc2012_deeplabv3_r50.py. Bytes are counted twice: to and from HBM in the schedule
 (`dilaff_jax.hlo`), and as XLA's own "bytes accessed". Every run adds its rows, with commit, to
-results/hbm_traffic.json, which docs/performance.md reads. The whole step takes ten minutes of
-two cores to compile.
+results/hbm_traffic.json, which docs/performance.md reads. The whole step takes minutes to
+compile.
 """
 
 import argparse

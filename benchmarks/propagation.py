@@ -155,8 +155,6 @@ def main() -> None:
                 "bytes_read_and_written_once": moved,
                 "median_seconds": medians,
                 "ratio_to_ours": {n: s / medians[OURS] for n, s in medians.items()},
-                "ours_per_copy": medians[OURS] / medians[COPY],
-                "ours_per_arithmetic": medians[OURS] / medians[ARITHMETIC],
                 "arithmetic_per_copy": medians[ARITHMETIC] / medians[COPY],
                 "nanoseconds_per_pixel": medians[OURS] * 1e9 / np.prod(SIZES[size][:2]),
                 "seconds": seconds,

@@ -7,8 +7,8 @@ r"""CamVid at half resolution on a CPU: EfficientNet-Lite0, light DeepLabv3+, af
 
 Two CPU cores, about forty minutes: mIoU 61.2 on validation, 62.0 refined, boundary F 68.4 and 72.5
 (one seed, results/camvid_lite0.json). The validation split is one sequence that also appears in the
-training split, so it overstates the test split by about ten points; to select anything, hold out
-whole sequences: --config.data.hold_out="('0001TP',)" --config.data.eval_split=held_out.
+training split, so it overstates the test split; to select anything, hold out whole sequences:
+--config.data.hold_out="('0001TP',)" --config.data.eval_split=held_out.
 """
 
 import ml_collections

@@ -36,7 +36,7 @@ def default_config() -> ml_collections.ConfigDict:
     """Every key of `config.eval`.
 
     batch_size: images at a time, over all devices; it is raised to a multiple of the devices.
-    boundaries: take the boundary measures too, which cost the host some 0.1 s a megapixel.
+    boundaries: take the boundary measures too, which the host computes, by the pixel.
     tolerance: of the boundary F-score, pixels. pictures: how many images are drawn. predictions:
     write every prediction as a PNG of class indices.
     """

@@ -59,7 +59,7 @@ def _largest(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Ar
     """The largest float32 ≥ 0 at which a decreasing condition holds, in the shape of `like`.
 
     Bisection on the bits: positive floats are ordered as their bit patterns, so 31 passes are
-    exact. 40 times faster than a sort of 513² losses on a CPU.
+    exact, and nothing has to be sorted.
     """
 
     def step(i: jax.Array, low: jax.Array) -> jax.Array:
