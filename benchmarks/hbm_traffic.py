@@ -4,9 +4,9 @@
 
 DeepLabv3 on ResNet-50, 513², bfloat16, 8 images a chip, auxiliary head, as in
 configs/voc2012_deeplabv3_r50.py. Bytes are counted twice: to and from HBM in the schedule
-(`dilaff_jax.hlo`), and as XLA's own "bytes accessed". Every run adds its rows, with commit, to
-results/hbm_traffic.json, which docs/performance.md reads. The whole step takes minutes to
-compile.
+(`dilaff_jax.preflight.hlo`), and as XLA's own "bytes accessed". Every run adds its rows, with
+commit, to results/hbm_traffic.json, which docs/performance.md reads. The whole step takes minutes
+to compile.
 """
 
 import argparse
@@ -19,10 +19,12 @@ import jax.numpy as jnp
 
 from benchmarks import timing
 from configs import voc2012_deeplabv3_r50
-from dilaff_jax import chips, losses, reporting, resize
-from dilaff_jax.footprint import Footprint, measure
-from dilaff_jax.parallel import Devices
-from dilaff_jax.preflight import Programs
+from dilaff_jax import losses, resize
+from dilaff_jax.preflight import chips
+from dilaff_jax.preflight.footprint import Footprint, measure
+from dilaff_jax.preflight.run import Programs
+from dilaff_jax.runtime import reporting
+from dilaff_jax.runtime.parallel import Devices
 
 CLASSES, ROWS, SIZE = 21, 8, (513, 513)
 
@@ -40,7 +42,7 @@ def step(affinity: float) -> Callable[[Devices], Callable[[int], Any]]:
 
 
 def loss(
-    function: Callable[[jax.Array, jax.Array], losses.Parts],
+    function: Callable[[jax.Array, jax.Array], losses.LossSum],
 ) -> Callable[[Devices], Callable[[int], Any]]:
     """What lowers value and gradient of a loss of logits at stride 8."""
 
@@ -63,7 +65,7 @@ PARTS = {
     "cross_entropy_at_once": loss(
         lambda x, y: losses.cross_entropy(resize.bilinear(x, y.shape[1:]), y)
     ),
-    "cross_entropy_by_rows": loss(lambda x, y: losses.enlarged(losses.cross_entropy, x, y)),
+    "cross_entropy_by_rows": loss(lambda x, y: losses.upsampled_loss(losses.cross_entropy, x, y)),
     "training_step": step(1.0),
     "training_step_without_affinity": step(0.0),
 }

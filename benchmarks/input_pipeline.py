@@ -33,8 +33,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks import timing
-from dilaff_jax.data import config as data_config
-from dilaff_jax.data import datasets, image_folder, images, pipeline, prepare, shapes
+from dilaff_jax.data import data_config, datasets, image_folder, images, pipeline, prepare, shapes
 from dilaff_jax.data.augment import Augmentation
 
 _CAMVID = flags.DEFINE_string("camvid", None, "Folder of CamVid, for its pictures.")
@@ -179,7 +178,7 @@ def measure(name: str, recipe: dict[str, Any], folder: pathlib.Path) -> dict[str
         for workers in WORKERS:
             ours = stack.enter_context(
                 pipeline.train_batches(
-                    _config(folder, recipe, workers), batch_size=recipe["batch"], seed=0
+                    _config(folder, recipe, workers), source, batch_size=recipe["batch"], seed=0
                 )
             )
             theirs = iter(_torch_batches(folder, recipe, workers))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.model_cost
 
-FLOPs of one forward pass, batch 1, as `dilaff_jax.cost` counts them; the propagation step is held
-against the formula 2(K+1)·C·H·W. Memory is the compiled program's temporaries, forward and with the
-backward pass.
+FLOPs of one forward pass, batch 1, as `dilaff_jax.runtime.cost` counts them; the propagation step
+is held against the formula 2(K+1)·C·H·W. Memory is the compiled program's temporaries, forward and
+with the backward pass.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import tqdm
 from benchmarks import timing
 from configs import default
 from dilaff_jax import propagate, resize
-from dilaff_jax.cost import abstract_variables, flops, gradient, parameters, temporaries
 from dilaff_jax.models import segmenter
+from dilaff_jax.runtime.cost import flops, gradient, parameters, temporaries
 
 NUM_CLASSES = 21
 STEPS = 3
@@ -56,7 +56,7 @@ def cost(name: str, size: int, affinity: dict[str, Any] | None) -> dict[str, flo
     encoder, decoder = name.split()
     config = {"encoder": encoder, "decoder": decoder, "affinity": affinity} | MODELS[name]
     model = segmenter.build(config, NUM_CLASSES)
-    variables = abstract_variables(model)
+    variables = segmenter.abstract_variables(model)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     forward = functools.partial(run, model)
     result = {
@@ -81,10 +81,10 @@ def run(
     out: Any = model.apply(variables, images, train=False)
     if steps is None:
         return out["logits"], out["affinity_logits"]
-    edges = out["affinity_logits"]
-    probs = jax.nn.softmax(resize.bilinear(out["logits"], edges.shape[1:3]))
+    affinity_logits = out["affinity_logits"]
+    probs = jax.nn.softmax(resize.bilinear(out["logits"], affinity_logits.shape[1:3]))
     offsets: Any = model.offsets
-    return (propagate.random_walk(probs, jax.nn.sigmoid(edges), offsets, steps=steps),)
+    return (propagate.random_walk(probs, jax.nn.sigmoid(affinity_logits), offsets, steps=steps),)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:

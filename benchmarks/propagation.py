@@ -24,7 +24,7 @@ import rich.table
 import torch
 
 from benchmarks import timing
-from dilaff_jax import affinity, propagate, rivals
+from dilaff_jax import affinity, baselines, propagate
 from tests import oracles
 
 SIZES = {
@@ -106,8 +106,8 @@ def contenders(
         np.testing.assert_allclose(run(), expected, atol=1e-5, err_msg=name)
     runs["scipy CSR build"] = lambda: oracles.csr_matrix(weights[0], OFFSETS)
     if rivals_too:
-        runs["DenseCRF, 10 iterations"] = lambda: rivals.dense_crf(probs, image, steps=10)
-        pamr = jax.jit(lambda p, i: rivals.pamr(p, i, OFFSETS, steps=10))
+        runs["DenseCRF, 10 iterations"] = lambda: baselines.dense_crf(probs, image, steps=10)
+        pamr = jax.jit(lambda p, i: baselines.pamr(p, i, OFFSETS, steps=10))
         image_array = jnp.asarray(image)
         runs["PAMR, 10 iterations"] = lambda: jax.block_until_ready(pamr(arrays[0], image_array))
     moved = 2 * probs.nbytes + weights.nbytes

@@ -20,7 +20,8 @@ import rich.table
 import torch
 
 from benchmarks import timing
-from dilaff_jax import affinity, chips, propagate
+from dilaff_jax import affinity, propagate
+from dilaff_jax.preflight import chips
 from tests import oracles
 
 SIZES = {

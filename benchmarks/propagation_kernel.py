@@ -22,8 +22,9 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import timing
-from dilaff_jax import affinity, chips, hlo, propagate
+from dilaff_jax import affinity, propagate
 from dilaff_jax.kernels import bands
+from dilaff_jax.preflight import chips, hlo
 
 STEPS = 4
 OFFSETS = affinity.offsets()

@@ -19,7 +19,7 @@ import rich.table
 
 from benchmarks import timing
 from dilaff_jax import affinity, propagate
-from dilaff_jax.cost import temporaries
+from dilaff_jax.runtime.cost import temporaries
 
 DEFAULT = {"side": 257, "classes": 21, "dilations": 4, "steps": 4}
 CURVES: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from dilaff_jax.timing import PAUSE_SECONDS, interleaved, median, provenance
+from dilaff_jax.runtime.cost import PAUSE_SECONDS, interleaved, median
+from dilaff_jax.runtime.provenance import provenance
 
 __all__ = ["PAUSE_SECONDS", "RESULTS", "interleaved", "median", "provenance", "write"]
 

@@ -22,7 +22,7 @@ from configs import voc2012_deeplabv3_r50
 from dilaff_jax import optim, step
 from dilaff_jax.interop.torchvision_import import torchvision
 from dilaff_jax.models import segmenter
-from dilaff_jax.parallel import AXIS, Devices
+from dilaff_jax.runtime.parallel import AXIS, Devices
 
 CLASSES = 21
 BASELINE, JOINT = "dilaff_jax, baseline", "dilaff_jax, with affinity"
@@ -33,7 +33,7 @@ def ours(affinity: float, dtype: str, batch: dict[str, np.ndarray]) -> Callable[
     config = voc2012_deeplabv3_r50.get_config()
     config.model.dtype = dtype
     config.loss.affinity = affinity
-    model = segmenter.build(step.model_config(config), CLASSES, axis_name=AXIS)
+    model = segmenter.build(segmenter.config_of_run(config), CLASSES, axis_name=AXIS)
     tx, _ = optim.optimiser(config.optim, config.num_steps)
     train_step = step.TrainStep(config, model, CLASSES, tx)
     devices = Devices("pmap", 1)

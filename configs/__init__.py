@@ -1,1 +1,4 @@
-"""Experiments: one short file each, deriving from `default.py`."""
+"""Experiments: one short file each, deriving from `default.py`.
+
+Installed with the package, where they are `dilaff_jax.configs`.
+"""

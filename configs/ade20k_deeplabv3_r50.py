@@ -12,7 +12,7 @@ yet to be measured.
 
 import ml_collections
 
-from configs import default
+from dilaff_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

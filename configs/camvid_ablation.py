@@ -21,8 +21,9 @@ head that does not read the encoder's map of stride 2.
 
 import ml_collections
 
-from configs import camvid_deeplabv3plus_lite0
-from configs.camvid_deeplabv3plus_lite0 import CLASS_WEIGHTS
+from dilaff_jax.ablation import ablate_config
+from dilaff_jax.configs import camvid_deeplabv3plus_lite0
+from dilaff_jax.configs.camvid_deeplabv3plus_lite0 import CLASS_WEIGHTS
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -33,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     # As the cross-entropy: else the head calls most pairs within cyclists and pedestrians edges.
     config.loss.affinity_class_weights = CLASS_WEIGHTS
     config.data.hold_out = ("0001TP",)
+    config.ablate = ablate_config.default()
     config.ablate.update({"selection_split": "held_out", "report_split": "validation"})
     config.ablate.criterion = "smaller_gain"
     with config.ignore_type():

@@ -11,7 +11,7 @@ encoder starts from chance and ends far lower.
 
 import ml_collections
 
-from configs import default
+from dilaff_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -13,7 +13,7 @@ training split, so it overstates the test split; to select anything, hold out wh
 
 import ml_collections
 
-from configs import default
+from dilaff_jax.configs import default
 
 # sqrt(median frequency / frequency) in the training split (median frequency balancing, Eigen and
 # Fergus 2015, https://arxiv.org/abs/1411.4734; the root, which spares precision, is our choice):

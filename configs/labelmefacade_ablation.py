@@ -13,7 +13,7 @@ cores.
 
 import ml_collections
 
-from configs import camvid_ablation
+from dilaff_jax.configs import camvid_ablation
 
 
 def get_config() -> ml_collections.ConfigDict:

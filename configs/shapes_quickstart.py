@@ -6,12 +6,14 @@ r"""A small network on `shapes`, in minutes on two CPU cores: what `launch/quick
         --workdir workdirs/baseline \
         --config.loss.affinity=0
 
-The plain baseline is the second command: no affinity loss, hence no affinity head.
+The plain baseline is the second command: no affinity loss, hence no affinity head. `--mode ablate`
+compares the two over seeds.
 """
 
 import ml_collections
 
-from configs import default
+from dilaff_jax.ablation import ablate_config
+from dilaff_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -29,4 +31,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = 20
     config.eval_every = 280
     config.checkpoint_every = 140
+    config.ablate = ablate_config.default()
     return config

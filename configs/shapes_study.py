@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import shapes_quickstart
+from dilaff_jax.configs import shapes_quickstart
 
 
 def get_config() -> ml_collections.ConfigDict:

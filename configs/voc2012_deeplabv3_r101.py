@@ -9,7 +9,7 @@ mmsegmentation's baseline reaches 78.7 mIoU; our figure is yet to be measured.
 
 import ml_collections
 
-from configs import voc2012_deeplabv3_r50
+from dilaff_jax.configs import voc2012_deeplabv3_r50
 
 
 def get_config() -> ml_collections.ConfigDict:

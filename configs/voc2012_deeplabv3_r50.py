@@ -11,7 +11,7 @@ baseline of mmsegmentation reaches 76.2 mIoU; our figure is yet to be measured.
 
 import ml_collections
 
-from configs import default
+from dilaff_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

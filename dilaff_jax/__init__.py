@@ -1,7 +1,7 @@
 """Semantic segmentation with dilated affinity, in JAX.
 
     model = dilaff_jax.load("workdirs/camvid")  # or an exported file
-    result = model("street.jpg")
+    result = model("street.jpg")  # a list of images gives a list of results
     result.labels, result.probs, result.affinity, result.overlay()
 
 Import the modules themselves for the rest (`from dilaff_jax import affinity, propagate`): the
@@ -12,22 +12,33 @@ the trainer.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dilaff_jax.interchange import refine as refine
-    from dilaff_jax.predictor import load as load
+    from dilaff_jax.errors import UserError
+    from dilaff_jax.serving.predictor import Predictor, Result, load
+    from dilaff_jax.serving.refine import refine
 
-__version__ = "0.1.0"
+__all__ = ["Predictor", "Result", "UserError", "__version__", "load", "refine"]
 
-_FOUND_IN = {"load": "predictor", "refine": "interchange"}
+_HOME = {
+    "Predictor": "serving.predictor",
+    "Result": "serving.predictor",
+    "UserError": "errors",
+    "load": "serving.predictor",
+    "refine": "serving.refine",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what `load` and `refine` need when they are first used."""
-    if name not in _FOUND_IN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Imports what a public name needs when it is first used."""
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_FOUND_IN[name]}"), name)
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("dilaff-jax")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FOUND_IN])
+    return sorted({*globals(), *__all__})

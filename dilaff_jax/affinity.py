@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Integer, Real, Shaped
 
-IGNORE_LABEL = 255
+from dilaff_jax.errors import UserError
+from dilaff_jax.labels import IGNORE_LABEL
+
 # Wider maps are shifted on a TPU, too: the product grows with the square of the width.
 _WIDEST = 640
 
 
 def offsets(
     dilations: Sequence[int] = (1, 2, 4, 8), ndim: int = 2, symmetric: bool = False
-) -> np.ndarray:
+) -> Int[np.ndarray, " K ndim"]:
     """Returns the offsets O = {d·u : d in dilations, u in {-1,0,1}^ndim without 0}, `[K, ndim]`.
 
     Dilation-major, then row-major over u; K = (3^ndim - 1)·len(dilations). `symmetric=True` keeps
@@ -29,40 +32,51 @@ def offsets(
     other half follows by `mirror`. The dilations (1, 2, 4, 8) are our choice.
 
     Raises:
-        ValueError: a dilation is not a positive integer, is given twice, or `ndim` < 1.
+        UserError: a dilation is not a positive integer, is given twice, or `ndim` < 1.
     """
     if ndim < 1:
-        raise ValueError(f"ndim is {ndim}; a neighbourhood needs at least one spatial dimension")
+        raise UserError(f"ndim is {ndim}; a neighbourhood needs at least one spatial dimension")
     if not dilations or any(int(d) != d or d < 1 for d in dilations):
-        raise ValueError(f"dilations are {tuple(dilations)}; give one or more positive integers")
+        raise UserError(f"dilations are {tuple(dilations)}; give one or more positive integers")
     if len(set(dilations)) < len(dilations):
-        raise ValueError(f"dilations are {tuple(dilations)}; each may be given once")
+        raise UserError(f"dilations are {tuple(dilations)}; each may be given once")
     steps = [u for u in itertools.product((-1, 0, 1), repeat=ndim) if any(u)]
     if symmetric:
         steps = [u for u in steps if _points_forward(u)]
     return np.array([[d * x for x in u] for d in dilations for u in steps], dtype=np.int32)
 
 
-def dilation_of(offsets: np.ndarray) -> np.ndarray:
+def dilation_of(offsets: Int[np.ndarray, " K ndim"]) -> Int[np.ndarray, " K"]:
     """Returns the dilation of each offset, max_j |o_j|, `[K]`."""
     return np.abs(check_offsets(offsets)).max(axis=1)
 
 
-def shift(x: ArrayLike, offset: Sequence[int], fill: ArrayLike = 0) -> jax.Array:
+def distinct_dilations(offsets: Int[np.ndarray, " K ndim"]) -> list[int]:
+    """Returns the D dilations of the offsets, each once, in the order of the channels."""
+    return list(dict.fromkeys(dilation_of(offsets).tolist()))
+
+
+def shift(
+    x: Shaped[ArrayLike, " *spatial C"],
+    offset: Sequence[int] | Int[np.ndarray, " ndim"],
+    fill: ArrayLike = 0,
+) -> Shaped[Array, " *spatial C"]:
     """Moves `x` `[..., *spatial, C]` so that y[i] = x[i + offset], or `fill` where that is outside.
 
     The offset may exceed the array. Its length says how many axes before the last are spatial.
 
     Raises:
-        ValueError: `x` has fewer axes than the offset needs.
+        UserError: `x` has fewer axes than the offset needs.
     """
     x = jnp.asarray(x)
     if x.ndim < len(offset) + 1:
-        raise ValueError(f"x has shape {x.shape}; an offset {tuple(offset)} needs [*spatial, C]")
+        raise UserError(f"x has shape {x.shape}; an offset {tuple(offset)} needs [*spatial, C]")
     return _shift(x, offset, fill, x.ndim - 1 - len(offset))
 
 
-def _shift(x: jax.Array, offset: Sequence[int], fill: ArrayLike, first: int) -> jax.Array:
+def _shift(
+    x: jax.Array, offset: Sequence[int] | np.ndarray, fill: ArrayLike, first: int
+) -> jax.Array:
     """`shift` over the axes from `first` on."""
     fill = jnp.asarray(fill, x.dtype)
     padding = [(0, 0, 0)] * x.ndim
@@ -73,7 +87,9 @@ def _shift(x: jax.Array, offset: Sequence[int], fill: ArrayLike, first: int) -> 
     return jax.lax.pad(x, fill, padding)
 
 
-def inside(spatial: Sequence[int], offsets: np.ndarray) -> jax.Array:
+def inside(
+    spatial: Sequence[int], offsets: Int[np.ndarray, " K ndim"]
+) -> Bool[Array, " *spatial K"]:
     """Returns where i + o lies in the image: bool `[*spatial, K]`.
 
     Built from one comparison per axis, so that XLA fuses it instead of storing K maps.
@@ -88,8 +104,10 @@ def inside(spatial: Sequence[int], offsets: np.ndarray) -> jax.Array:
 
 
 def targets(
-    labels: ArrayLike, offsets: np.ndarray, ignore_label: int = IGNORE_LABEL
-) -> tuple[jax.Array, jax.Array]:
+    labels: Integer[ArrayLike, " *spatial"],
+    offsets: Int[np.ndarray, " K ndim"],
+    ignore_label: int = IGNORE_LABEL,
+) -> tuple[Bool[Array, " *spatial K"], Bool[Array, " *spatial K"]]:
     """Returns ground-truth affinities and their validity, both bool `[..., *spatial, K]`.
 
     target[i,o] = 1 where labels[i] = labels[i+o]; valid[i,o] = 1 where i+o is inside the image and
@@ -101,7 +119,7 @@ def targets(
         ignore_label: the label that takes part in no edge.
 
     Raises:
-        ValueError: `labels` are not integers or have fewer axes than the offsets.
+        UserError: `labels` are not integers or have fewer axes than the offsets.
     """
     offsets = check_offsets(offsets)
     labels = _check_labels(labels, offsets.shape[1])
@@ -141,21 +159,21 @@ def _neighbours_by_product(labels: jax.Array, offsets: np.ndarray, fill: int) ->
     read, write = jnp.arange(width)[:, None, None], jnp.arange(width)[:, None]
     column = read == write + offsets[:, 1]
     picks = column & (np.arange(len(rows))[:, None, None, None] == of_row)  # [rows, W, W, K]
-    found = jnp.einsum(
+    codes = jnp.einsum(
         "...hrv,rvwk->...hwk",
         jnp.stack(moved, axis=-2),
         picks.astype(jnp.bfloat16),
         preferred_element_type=jnp.float32,
     ).astype(jnp.int32)
-    return jnp.where(found > 0, found - 1, fill).astype(labels.dtype)
+    return jnp.where(codes > 0, codes - 1, fill).astype(labels.dtype)
 
 
 def pair_weights(
-    labels: ArrayLike,
-    offsets: np.ndarray,
-    class_weights: ArrayLike,
+    labels: Integer[ArrayLike, " *spatial"],
+    offsets: Int[np.ndarray, " K ndim"],
+    class_weights: Real[ArrayLike, " C"],
     ignore_label: int = IGNORE_LABEL,
-) -> jax.Array:
+) -> Float[Array, " *spatial K"]:
     """Returns weights of pairs by their classes, float32 `[..., *spatial, K]`.
 
     weights[i,o] = (W[labels[i]] + W[labels[i+o]]) / 2, and 0 where the pair is not valid: pairs
@@ -169,11 +187,11 @@ def pair_weights(
         ignore_label: the label that takes part in no edge.
 
     Raises:
-        ValueError: as `targets`; or `class_weights` are not a vector of numbers from 0.
+        UserError: as `targets`; or `class_weights` are not a vector of numbers from 0.
     """
     weights = np.asarray(class_weights, np.float32)
     if weights.ndim != 1 or not weights.size or not np.all(weights >= 0):
-        raise ValueError(f"class_weights are {class_weights}; expected [C] numbers, 0 or more")
+        raise UserError(f"class_weights are {class_weights}; expected [C] numbers, 0 or more")
     offsets = check_offsets(offsets)
     labels = _check_labels(labels, offsets.shape[1])
     _, valid = targets(labels, offsets, ignore_label)
@@ -184,12 +202,12 @@ def pair_weights(
 
 
 def soft_targets(
-    labels: ArrayLike,
-    offsets: np.ndarray,
+    labels: Integer[ArrayLike, " *spatial"],
+    offsets: Int[np.ndarray, " K ndim"],
     size: Sequence[int],
     num_classes: int,
     ignore_label: int = IGNORE_LABEL,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, " *size K"], Bool[Array, " *size K"]]:
     """Returns soft affinities at a coarser grid: target float32, valid bool, `[..., *size, K]`.
 
     With q[i] the class shares of the labelled pixels in cell i (area-pooled one-hot labels),
@@ -198,13 +216,13 @@ def soft_targets(
     equals `targets`. Our choice; the hard counterpart is `targets(downsample_labels(...))`.
 
     Raises:
-        ValueError: as `targets`; or `size` does not divide the labels' size (no area pooling then).
+        UserError: as `targets`; or `size` does not divide the labels' size (no area pooling then).
     """
     ndim = check_offsets(offsets).shape[1]
     labels = _check_labels(labels, ndim)
     spatial = labels.shape[labels.ndim - ndim :]
     if len(size) != ndim or any(n % m for n, m in zip(spatial, size, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"labels of size {spatial} cannot be pooled to {tuple(size)} in whole cells"
         )
     shares = jax.nn.one_hot(
@@ -225,14 +243,16 @@ def soft_targets(
     return jnp.stack(target, axis=-1), jnp.stack(valid, axis=-1)
 
 
-def downsample_labels(labels: ArrayLike, size: Sequence[int]) -> jax.Array:
+def downsample_labels(
+    labels: Integer[ArrayLike, " *spatial"], size: Sequence[int]
+) -> Integer[Array, " *size"]:
     """Takes labels `[..., *spatial]` at the grid `[..., *size]`, nearest, half-pixel centres.
 
     Cell i reads pixel floor((i + 1/2)·n_in/n_out), torch's `nearest-exact`: the centre of what
     `resize.bilinear` would spread it over.
 
     Raises:
-        ValueError: `labels` are not integers or have fewer axes than `size`.
+        UserError: `labels` are not integers or have fewer axes than `size`.
     """
     labels = _check_labels(labels, len(size))
     for axis, n_out in enumerate(size, start=labels.ndim - len(size)):
@@ -242,7 +262,9 @@ def downsample_labels(labels: ArrayLike, size: Sequence[int]) -> jax.Array:
     return labels
 
 
-def mirror(half: ArrayLike, offsets: np.ndarray) -> jax.Array:
+def mirror(
+    half: Shaped[ArrayLike, " *spatial half"], offsets: Int[np.ndarray, " K ndim"]
+) -> Shaped[Array, " *spatial K"]:
     """Completes symmetric affinities: `[..., *spatial, K/2]` to `[..., *spatial, K]`.
 
     a[i,o] = a[i+o,-o] for the offsets that point backward. Where i+o is outside the image the value
@@ -253,16 +275,16 @@ def mirror(half: ArrayLike, offsets: np.ndarray) -> jax.Array:
         offsets: all K offsets, `[K, ndim]`; with each o it holds -o.
 
     Raises:
-        ValueError: an offset has no opposite, or `half` has not K/2 channels.
+        UserError: an offset has no opposite, or `half` has not K/2 channels.
     """
     half = jnp.asarray(half)
     rows = [tuple(int(x) for x in o) for o in check_offsets(offsets)]
     forward = {o: k for k, o in enumerate(o for o in rows if _points_forward(o))}
     lonely = [o for o in rows if tuple(-x for x in o) not in rows]
     if lonely:
-        raise ValueError(f"offset {lonely[0]} has no opposite; mirror needs all K offsets")
+        raise UserError(f"offset {lonely[0]} has no opposite; mirror needs all K offsets")
     if half.ndim < len(rows[0]) + 1 or half.shape[-1] != len(forward):
-        raise ValueError(f"half has shape {half.shape}; expected [..., *spatial, {len(forward)}]")
+        raise UserError(f"half has shape {half.shape}; expected [..., *spatial, {len(forward)}]")
 
     def channel(o: tuple[int, ...]) -> jax.Array:
         if o in forward:
@@ -272,11 +294,11 @@ def mirror(half: ArrayLike, offsets: np.ndarray) -> jax.Array:
     return jnp.concatenate([channel(o) for o in rows], axis=-1)
 
 
-def check_offsets(offsets: np.ndarray) -> np.ndarray:
-    """Returns `offsets` as an integer array `[K, ndim]`; raises ValueError for any other thing."""
+def check_offsets(offsets: np.ndarray) -> Int[np.ndarray, " K ndim"]:
+    """Returns `offsets` as an integer array `[K, ndim]`; raises UserError for any other thing."""
     array = np.asarray(offsets)
     if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
+        raise UserError(
             f"offsets have shape {array.shape} and dtype {array.dtype}; expected integers [K, ndim]"
         )
     return array
@@ -289,7 +311,7 @@ def _points_forward(offset: Sequence[int]) -> bool:
 def _check_labels(labels: ArrayLike, ndim: int) -> jax.Array:
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels have dtype {labels.dtype}; expected integer class indices")
+        raise UserError(f"labels have dtype {labels.dtype}; expected integer class indices")
     if labels.ndim < ndim:
-        raise ValueError(f"labels have shape {labels.shape}; expected at least {ndim} axes")
+        raise UserError(f"labels have shape {labels.shape}; expected at least {ndim} axes")
     return labels

@@ -1,21 +1,25 @@
-"""The modes of the command that use a trained network, and their flags: predict, view."""
+"""The modes of the command and their flags: each is a function of config and workdir."""
 
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import ml_collections
 from absl import app, flags
 
+from dilaff_jax.errors import UserError
+
 if TYPE_CHECKING:
-    from dilaff_jax.predictor import Predictor
+    from dilaff_jax.serving.predictor import Predictor
 
-MODES = ("predict", "view")
+Config: TypeAlias = ml_collections.ConfigDict | None
+Mode: TypeAlias = Callable[[Config, pathlib.Path], object]
 
+TOPOLOGY = flags.DEFINE_string("topology", "auto", "preflight: a TPU slice such as v5e:4x4.")
 INPUT = flags.DEFINE_string("input", None, "predict, view: an image or a folder; or a video.")
-OUTPUT = flags.DEFINE_string("output", None, "predict: folder for what is found.")
+OUTPUT = flags.DEFINE_string("output", None, "predict: folder for labels, overlays and the rest.")
 MODEL = flags.DEFINE_string(
     "model", None, "predict, view: an exported file, in place of --workdir."
 )
@@ -47,12 +51,13 @@ PORT = flags.DEFINE_integer("port", 8080, "view: of the local page.")
 def parser(config: flags.FlagHolder) -> Callable[[Sequence[str]], list[str]]:
     """The parser of absl, whose traceback ends in one line where `config`, --config, is wrong.
 
-    An error that a config file raises itself keeps its traceback.
+    An error that a config file raises itself keeps its traceback. A config that is not where
+    --config says, but comes with the package, is taken from there.
     """
 
     def parse(arguments: Sequence[str]) -> list[str]:
         try:
-            rest = app.parse_flags_with_usage(list(arguments))
+            rest = app.parse_flags_with_usage([_shipped(argument) for argument in arguments])
             getattr(config.value, "seed", None)  # a file that is missing shows when it is used
         except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -71,40 +76,73 @@ def parser(config: flags.FlagHolder) -> Callable[[Sequence[str]], list[str]]:
     return parse
 
 
-def run(mode: str, config: ml_collections.ConfigDict | None, workdir: pathlib.Path) -> None:
-    """Runs one of `MODES`."""
-    match mode:
-        case "predict":
-            _predict(config, workdir)
-        case "view":
-            _view(config, workdir)
+def _shipped(argument: str) -> str:
+    """`configs/NAME.py` of the package, where an argument names it and no such file is at hand."""
+    path = pathlib.Path(argument.removeprefix("--config="))
+    installed = pathlib.Path(__file__).parent / "configs" / path.name
+    if path.parts != ("configs", path.name) or path.exists() or not installed.is_file():
+        return argument
+    print(f"{path} is taken from {installed}", file=sys.stderr)
+    return argument.replace(str(path), str(installed))
 
 
-def load(
-    config: ml_collections.ConfigDict | None,
-    workdir: pathlib.Path,
-    resize: float | None = None,
-) -> "Predictor":
-    """The model that --model or --workdir names; `resize` where --resize is not given.
+def _start(config: Config, workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """Joins the other processes of a run, if there are any."""
+    if config is None or workdir == pathlib.Path():
+        raise app.UsageError(f"--mode {flags.FLAGS.mode} needs --config and --workdir")
+    from dilaff_jax.runtime import parallel
 
-    Raises:
-        ValueError: neither or both are given.
-    """
-    from dilaff_jax import predictor
-
-    if bool(MODEL.value) == (workdir != pathlib.Path()):
-        raise ValueError("give either --workdir, a run, or --model, an exported file")
-    path = pathlib.Path(MODEL.value) if MODEL.value else workdir
-    factor = resize if RESIZE.value is None else RESIZE.value
-    return predictor.load(path, config=config, pad=PAD.value, resize=factor)
+    parallel.initialize(**{key: config.parallel[key] for key in parallel.PROCESS_KEYS})
+    return config
 
 
-def _predict(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) -> None:
-    from dilaff_jax import predict
-    from dilaff_jax.prediction_files import Options, Propagation
+def train(config: Config, workdir: pathlib.Path) -> None:
+    """Trains and evaluates; resumes what the workdir holds."""
+    config = _start(config, workdir)
+    from dilaff_jax import train
 
+    train.train_and_evaluate(config, workdir)
+
+
+def evaluate(config: Config, workdir: pathlib.Path) -> None:
+    """Evaluates the best state of a run."""
+    config = _start(config, workdir)
+    from dilaff_jax import evaluate
+
+    evaluate.evaluate_run(config, workdir)
+
+
+def ablate(config: Config, workdir: pathlib.Path) -> None:
+    """Compares arms over seeds."""
+    config = _start(config, workdir)
+    from dilaff_jax.ablation import run
+
+    run.ablate(config, workdir)
+
+
+def study(config: Config, workdir: pathlib.Path) -> None:
+    """Compares changes of the config."""
+    config = _start(config, workdir)
+    from dilaff_jax.ablation import config_study
+
+    config_study.study(config, workdir)
+
+
+def preflight(config: Config, workdir: pathlib.Path) -> None:
+    """Compiles for a slice and says what it needs."""
+    config = _start(config, workdir)
+    from dilaff_jax.preflight import run
+
+    run.run(config, workdir, TOPOLOGY.value)
+
+
+def predict(config: Config, workdir: pathlib.Path) -> None:
+    """Segments files."""
     if not INPUT.value or not OUTPUT.value:
-        raise ValueError("--mode predict needs --input and --output")
+        raise UserError("--mode predict needs --input and --output")
+    from dilaff_jax.serving import predict_files
+    from dilaff_jax.serving.writer import Options, Propagation
+
     options = Options(
         pathlib.Path(OUTPUT.value),
         cast(Propagation | None, PROPAGATION.value),
@@ -114,23 +152,50 @@ def _predict(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
         TEMPORAL.value,
         CHUNK.value,
     )
-    summary = predict.predict(load(config, workdir), pathlib.Path(INPUT.value), options)
+    summary = predict_files.predict(load(config, workdir), pathlib.Path(INPUT.value), options)
     print(summary)
     if not summary.images:
         sys.exit(1)
 
 
-def _view(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) -> None:
-    from dilaff_jax import network, view
+def view(config: Config, workdir: pathlib.Path) -> None:
+    """Serves a local page."""
     from dilaff_jax.data import datasets
+    from dilaff_jax.serving import network, view_page
 
-    view.check_port(PORT.value)  # before the time that a network takes
+    view_page.check_port(PORT.value)  # before the time that a network takes
     if INPUT.value:
-        viewer = view.of_files(load(config, workdir), pathlib.Path(INPUT.value))
+        viewer = view_page.of_files(load(config, workdir), pathlib.Path(INPUT.value))
     elif workdir == pathlib.Path():
-        raise ValueError("--mode view needs --workdir, or --model and --input")
+        raise UserError("--mode view needs --workdir, or --model and --input")
     else:
         config = network.read_config(workdir) if config is None else config
         source = datasets.load(config.data, config.data.eval_split)
-        viewer = view.of_source(load(config, workdir, resize=1.0), source)
-    view.serve(viewer, PORT.value)
+        viewer = view_page.of_source(load(config, workdir, resize=1.0), source)
+    view_page.serve(viewer, PORT.value)
+
+
+MODES: Mapping[str, Mode] = {
+    "train": train,
+    "eval": evaluate,
+    "ablate": ablate,
+    "study": study,
+    "preflight": preflight,
+    "predict": predict,
+    "view": view,
+}
+
+
+def load(config: Config, workdir: pathlib.Path, resize: float | None = None) -> "Predictor":
+    """The model that --model or --workdir names; `resize` where --resize is not given.
+
+    Raises:
+        UserError: neither or both are given.
+    """
+    from dilaff_jax.serving import predictor
+
+    if bool(MODEL.value) == (workdir != pathlib.Path()):
+        raise UserError("give either --workdir, a run, or --model, an exported file")
+    path = pathlib.Path(MODEL.value) if MODEL.value else workdir
+    factor = resize if RESIZE.value is None else RESIZE.value
+    return predictor.load(path, config=config, pad=PAD.value, resize=factor)

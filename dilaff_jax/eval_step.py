@@ -8,11 +8,28 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dilaff_jax import affinity, inference, metrics, pictures, propagate, resize
-from dilaff_jax.models import segmenter
-from dilaff_jax.parallel import AXIS
+from dilaff_jax import affinity, metrics, propagate, resize, schema, visualize
+from dilaff_jax.models import segmenter, test_time
+from dilaff_jax.runtime.parallel import AXIS
+from dilaff_jax.schema import Key
 
 PLAIN, REFINED = "plain", "refined"
+
+KEYS: schema.Section = {
+    "batch_size": Key(
+        16,
+        schema.COUNT,
+        "Images at a time, over all devices; raised to a multiple of the devices.",
+    ),
+    "boundaries": Key(
+        True,
+        schema.SWITCH,
+        "Take the boundary measures too, which the host computes, by the pixel.",
+    ),
+    "tolerance": Key(2.0, schema.FROM_0, "Of the boundary F-score, in pixels."),
+    "pictures": Key(4, schema.WHOLE, "How many images are drawn."),
+    "predictions": Key(False, schema.SWITCH, "Write every prediction as a PNG of class indices."),
+}
 
 
 class EvalStep:
@@ -28,19 +45,19 @@ class EvalStep:
         dilations: of the affinity channels, each once; [] without.
 
     Raises:
-        ValueError: an inference config or an operator that cannot be.
+        UserError: an inference config or an operator that cannot be.
     """
 
     def __init__(
         self, config: ml_collections.ConfigDict, model: segmenter.Segmenter, num_classes: int
     ) -> None:
-        inference.check(config.inference)
+        test_time.check(config.inference)
         self._config, self._model, self._num_classes = config, model, num_classes
         self._refine = propagate.operator(**config.refine)
         self.variants = (PLAIN,) if model.offsets is None else (PLAIN, REFINED)
         self.dilations: list[int] = []
         if model.offsets is not None:
-            self.dilations = list(dict.fromkeys(affinity.dilation_of(model.offsets).tolist()))
+            self.dilations = affinity.distinct_dilations(model.offsets)
 
     def __call__(
         self, variables: Any, batch: Mapping[str, jax.Array]
@@ -55,17 +72,19 @@ class EvalStep:
         def apply(x: jax.Array) -> Mapping[str, Any]:
             return self._model.apply(variables, x, train=False)  # type: ignore[return-value]
 
-        logits, edges = inference.infer(apply, images, self._model.offsets, self._config.inference)
+        logits, affinity_logits = test_time.infer(
+            apply, images, self._model.offsets, self._config.inference
+        )
         # Void and the rows and margins that pad a batch are ignored labels, and count nowhere.
-        found = {PLAIN: jnp.argmax(resize.bilinear(logits, size), axis=-1)}
-        counts = {PLAIN: metrics.confusion(found[PLAIN], labels, classes)}
+        predictions = {PLAIN: jnp.argmax(resize.bilinear(logits, size), axis=-1)}
+        counts = {PLAIN: metrics.confusion(predictions[PLAIN], labels, classes)}
         shown = jnp.zeros((*labels.shape, 0), jnp.uint8)
-        if edges is not None:
-            found[REFINED] = self.propagate(logits, edges, size)
-            counts[REFINED] = metrics.confusion(found[REFINED], labels, classes)
-            counts["affinity"] = self._edge_counts(edges, labels)
-            shown = pictures.edge_strength(edges, self._offsets)
-        labels_found = {name: x.astype(jnp.uint8) for name, x in found.items()}
+        if affinity_logits is not None:
+            predictions[REFINED] = self.propagate(logits, affinity_logits, size)
+            counts[REFINED] = metrics.confusion(predictions[REFINED], labels, classes)
+            counts["affinity"] = self._edge_counts(affinity_logits, labels)
+            shown = visualize.edge_strength(affinity_logits, self._offsets)
+        labels_found = {name: x.astype(jnp.uint8) for name, x in predictions.items()}
         return jax.lax.psum(counts, AXIS), {"labels": labels_found, "edges": shown}
 
     def propagate(
@@ -77,10 +96,10 @@ class EvalStep:
         )
         return labels
 
-    def _edge_counts(self, edges: jax.Array, labels: jax.Array) -> jax.Array:
-        coarse = affinity.downsample_labels(labels, edges.shape[1:3])
+    def _edge_counts(self, affinity_logits: jax.Array, labels: jax.Array) -> jax.Array:
+        coarse = affinity.downsample_labels(labels, affinity_logits.shape[1:3])
         target, valid = affinity.targets(coarse, self._offsets)
-        return metrics.affinity_histogram(edges, target, valid, len(self.dilations))
+        return metrics.affinity_histogram(affinity_logits, target, valid, len(self.dilations))
 
     @property
     def _offsets(self) -> np.ndarray:

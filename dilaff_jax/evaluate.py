@@ -12,43 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dilaff_jax import (
-    affinity,
-    checkpoint,
-    metrics,
-    pictures,
-    reporting,
-    settings,
-)
-from dilaff_jax import step as step_lib
+from dilaff_jax import metrics, settings, visualize
 from dilaff_jax.data import datasets, pipeline
 from dilaff_jax.eval_step import PLAIN, REFINED, EvalStep
+from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.models import segmenter
-from dilaff_jax.parallel import AXIS, Devices, sum_over_processes
-
-
-def default_config() -> ml_collections.ConfigDict:
-    """Every key of `config.eval`.
-
-    batch_size: images at a time, over all devices; it is raised to a multiple of the devices.
-    boundaries: take the boundary measures too, which the host computes, by the pixel.
-    tolerance: of the boundary F-score, pixels. pictures: how many images are drawn. predictions:
-    write every prediction as a PNG of class indices.
-    """
-    return ml_collections.ConfigDict(
-        {
-            "batch_size": 16,
-            "boundaries": True,
-            "tolerance": 2.0,
-            "pictures": 4,
-            "predictions": False,
-        }
-    )
+from dilaff_jax.runtime import checkpoint, files, reporting
+from dilaff_jax.runtime.parallel import AXIS, Devices, sum_over_processes
 
 
 @dataclasses.dataclass
@@ -67,6 +41,12 @@ class Results:
     table: str
     pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    def report(self, reporter: reporting.Reporter) -> None:
+        """Writes figures and pictures where those of training are, and prints the table."""
+        reporter.scalars(self.step, {f"eval/{k}": v for k, v in self.scalars.items()})
+        reporter.pictures(self.step, self.pictures)
+        reporter.say(self.table)
+
 
 class Evaluation:
     """Evaluates states of one run.
@@ -76,6 +56,8 @@ class Evaluation:
         model: a `Segmenter`.
         devices: on which the batches are spread.
         workdir: results go to `workdir/evaluation/STEP`.
+        source: what is evaluated; opened once, so that what it keeps in memory stays there from one
+            evaluation to the next.
     """
 
     def __init__(
@@ -84,9 +66,10 @@ class Evaluation:
         model: segmenter.Segmenter,
         devices: Devices,
         workdir: pathlib.Path,
+        source: datasets.Source,
     ) -> None:
         self._config, self._devices, self._workdir = config, devices, workdir
-        self._source = datasets.load(config.data, config.data.eval_split)
+        self._source = source
         self._step = EvalStep(config, model, self._source.num_classes)
         self.variants = self._step.variants
         self._program = devices.map(self._step, out=("replicated", "sharded"))
@@ -100,7 +83,7 @@ class Evaluation:
         results = Results(step, scalars, self._table(scalars), drawn)
         if jax.process_index() == 0:
             _write_results(folder, results, counts)
-            pictures.write(folder / "pictures", drawn)
+            visualize.write(folder / "pictures", drawn)
         return results
 
     def score(self, results: Results) -> float:
@@ -116,6 +99,7 @@ class Evaluation:
         batch_size = -(-settings.batch_size // devices.total) * devices.total
         batches = pipeline.eval_batches(
             self._config.data,
+            self._source,
             batch_size=batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -136,17 +120,17 @@ class Evaluation:
                 maps = {k: devices.local_rows(v) for k, v in result["labels"].items()}
                 edges = devices.local_rows(result["edges"])
                 rows = np.flatnonzero(batch["mask"])
-                views = [pictures.view(batch, maps, edges, int(row)) for row in rows]
+                views = [visualize.view(batch, maps, edges, int(row)) for row in rows]
                 host_counts += pool.map(self._host_counts, views)
                 for view in views:
                     name = self._source.names[view.index]
                     if settings.predictions:
-                        pictures.write_predictions(folder / "predictions", name, view.predictions)
+                        visualize.write_predictions(folder / "predictions", name, view.predictions)
                     if view.index < settings.pictures:
-                        drawn[name] = pictures.strip(view, self._source.colors)
+                        drawn[name] = visualize.strip(view, self._source.colors)
         return device_counts, metrics.add(*host_counts), drawn
 
-    def _host_counts(self, view: pictures.View) -> dict[str, Any]:
+    def _host_counts(self, view: visualize.View) -> dict[str, Any]:
         """Counts of one image that need its boundaries, in the form of `_summary`."""
         settings, classes, truth = self._config.eval, self._source.num_classes, view.label
         counts: dict[str, Any] = {"images": np.asarray(int(view.index >= 0))}
@@ -174,7 +158,7 @@ class Evaluation:
             groups["transitions"] = metrics.transition_summary(
                 host["transitions"], class_names=names
             )
-        flat = {f"{group}/{k}": v for group, found in groups.items() for k, v in found.items()}
+        flat = {f"{group}/{k}": v for group, figures in groups.items() for k, v in figures.items()}
         return {"images": float(host["images"]), **flat}
 
     def _table(self, scalars: Mapping[str, float]) -> str:
@@ -202,18 +186,15 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Re
 
     Raises:
         FileNotFoundError: `workdir` holds no checkpoint.
-        ValueError: the checkpoint is of another model than `config` describes.
+        UserError: the checkpoint is of another model than `config` describes.
     """
     settings.check(config)
     devices = Devices(config.parallel.mode, config.parallel.devices)
     source = datasets.load(config.data, config.data.eval_split)
-    model = segmenter.build(step_lib.model_config(config), source.num_classes, axis_name=AXIS)
-    shape = (1, *config.data.crop_size, 3)
-    like = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros(shape, jnp.uint8), train=False)
-    )
+    model = segmenter.build(segmenter.config_of_run(config), source.num_classes, axis_name=AXIS)
+    like = segmenter.abstract_variables(model, config.data.crop_size)
     step, variables = checkpoint.read_variables(workdir, like)
-    results = Evaluation(config, model, devices, workdir)(variables, step)
+    results = Evaluation(config, model, devices, workdir, source)(variables, step)
     if jax.process_index() == 0:
         print(results.table)
         print(f"step {step}; figures and pictures: {result_folder(workdir, step)}")
@@ -245,16 +226,13 @@ def last_results(workdir: pathlib.Path) -> Results:
 
 def _write_results(folder: pathlib.Path, results: Results, counts: Mapping[str, Any]) -> None:
     """Writes figures, the table, and the counts that they follow from."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "step": results.step,
         "scalars": results.scalars,
         "table": results.table,
         "counts": jax.tree.map(lambda x: np.asarray(x).tolist(), _as_dicts(counts)),
     }
-    part = folder / "results.json.part"
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(folder / "results.json")
+    files.write_text(folder / "results.json", json.dumps(content, indent=1) + "\n")
 
 
 def _as_dicts(counts: Any) -> Any:
@@ -263,13 +241,13 @@ def _as_dicts(counts: Any) -> Any:
     return {k: _as_dicts(v) for k, v in counts.items()} if isinstance(counts, dict) else counts
 
 
-def _blank(variants: Sequence[str]) -> pictures.View:
+def _blank(variants: Sequence[str]) -> visualize.View:
     """An image without labelled pixels: counts of it are zeros of the right shapes."""
     nothing = np.zeros((1, 1), np.uint8)
-    return pictures.View(
+    return visualize.View(
         index=-1,
         image=np.zeros((1, 1, 3), np.uint8),
-        label=np.full((1, 1), affinity.IGNORE_LABEL, np.uint8),
+        label=np.full((1, 1), IGNORE_LABEL, np.uint8),
         predictions=dict.fromkeys(variants, nothing),
         edges=np.zeros((1, 1, 0), np.uint8),
     )

@@ -1,7 +1,5 @@
 """What a fresh run starts from: another run, a file of weights, or chance."""
 
-import functools
-import importlib
 import pathlib
 from typing import Any
 
@@ -10,36 +8,38 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dilaff_jax import checkpoint
+from dilaff_jax import references, schema
 from dilaff_jax.data.datasets import Source
+from dilaff_jax.errors import UserError
 from dilaff_jax.models.segmenter import Segmenter
+from dilaff_jax.runtime import checkpoint
+from dilaff_jax.schema import Key
 from dilaff_jax.step import TrainState, TrainStep
 
 # Images on which the BatchNorm of folded weights is calibrated.
 CALIBRATION_IMAGES = 32
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """Every key of `config.init`; at most one of workdir, model and encoder may be given.
-
-    workdir: of another run, whose best (else latest) weights are taken. model: a file of the whole
-    network in torch's layout. encoder: a file of an ImageNet classification network, `.pth`,
-    `.safetensors` or `.npz`, or "module:function" of a package that returns its path. entry: key in
-    the file that holds the weights. folded: its BatchNorm is folded into the convolutions, so that
-    BatchNorm is calibrated on training images. drop, keep: patterns of names in the file that are
-    not used, and of names that stay as initialised.
-    """
-    return ml_collections.ConfigDict(
-        {
-            "workdir": "",
-            "model": "",
-            "encoder": "",
-            "entry": "",
-            "folded": False,
-            "drop": (),
-            "keep": (),
-        }
-    )
+# At most one of workdir, model and encoder may be given.
+KEYS: schema.Section = {
+    "workdir": Key("", schema.TEXT, "Another run, whose best (else latest) weights are taken."),
+    "model": Key("", schema.TEXT, "File of a whole network, in torch's layout."),
+    "encoder": Key(
+        "",
+        schema.TEXT,
+        "File of an ImageNet classification network, `.pth`, `.safetensors` or `.npz`, or "
+        "`module:function` of a package that returns its path.",
+    ),
+    "entry": Key("", schema.TEXT, "Key in the file that holds the weights."),
+    "folded": Key(
+        False,
+        schema.SWITCH,
+        "The file's BatchNorm is folded into its convolutions; it is calibrated on training "
+        "images.",
+    ),
+    "drop": Key((), schema.PATTERNS, "Patterns of names in the file that are not used."),
+    "keep": Key((), schema.PATTERNS, "Patterns of names that stay as initialised."),
+}
 
 
 def fresh(
@@ -52,13 +52,13 @@ def fresh(
     """Returns the state at step 0, with the weights that `config.init` names.
 
     Raises:
-        ValueError: more than one origin is given, or the weights do not fit the model.
+        UserError: more than one origin is given, or the weights do not fit the model.
         FileNotFoundError: a file or run does not exist.
     """
     init = config.init
     given = [name for name in ("workdir", "model", "encoder") if init[name]]
     if len(given) > 1:
-        raise ValueError(f"config.init has {' and '.join(given)}; give one of them")
+        raise UserError(f"config.init has {' and '.join(given)}; give one of them")
     state = jax.jit(train_step.init, static_argnums=0)(image_shape)
     variables: dict[str, Any] = {"params": state.params, "batch_stats": state.batch_stats}
     if not given:
@@ -74,18 +74,9 @@ def fresh(
 
 def weight_file(name: str) -> pathlib.Path:
     """The path that `config.init.encoder` or `.model` names: a file, or a package's function."""
-    module, separator, function = name.partition(":")
-    if not separator or pathlib.Path(name).exists():
+    if ":" not in name or pathlib.Path(name).exists():
         return pathlib.Path(name)
-    try:
-        found = importlib.import_module(module)
-    except ImportError as e:
-        raise ValueError(
-            f"config.init names {name!r}, but there is no module {module!r}: pip install it, or "
-            "give the path of a file"
-        ) from e
-    give_path: Any = functools.reduce(getattr, function.split("."), found)
-    return pathlib.Path(give_path())
+    return pathlib.Path(references.resolve(name, "config.init")())
 
 
 def _from_file(
@@ -112,11 +103,11 @@ def _from_file(
 def _calibration_images(config: ml_collections.ConfigDict, source: Source) -> jax.Array:
     """Centre crops of images spread evenly over the training split, of the training crop's size."""
     height, width = config.data.crop_size
-    found = []
+    crops = []
     for index in np.linspace(0, len(source) - 1, min(CALIBRATION_IMAGES, len(source))).astype(int):
         image = source[index]["image"]
         top, left = max(0, image.shape[0] - height) // 2, max(0, image.shape[1] - width) // 2
         crop = image[top : top + height, left : left + width]
         room = [(0, height - crop.shape[0]), (0, width - crop.shape[1]), (0, 0)]
-        found.append(np.pad(crop, room, mode="reflect"))
-    return jnp.asarray(np.stack(found))
+        crops.append(np.pad(crop, room, mode="reflect"))
+    return jnp.asarray(np.stack(crops))

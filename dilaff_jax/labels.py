@@ -2,8 +2,12 @@
 
 from typing import Any
 
-import jax
 import numpy as np
+
+from dilaff_jax.errors import UserError
+
+# Pixels with this label take part in no loss, no edge and no metric.
+IGNORE_LABEL = 255
 
 
 def check_values(
@@ -15,19 +19,21 @@ def check_values(
     callers say what they do with those.
 
     Raises:
-        ValueError: not integers, or such a value; the message lists what was found and is allowed.
+        UserError: not integers, or such a value; the message lists what was found and is allowed.
     """
     if not np.issubdtype(np.dtype(labels.dtype), np.integer):
-        raise ValueError(f"{name} have dtype {labels.dtype}; expected integer class indices")
+        raise UserError(f"{name} have dtype {labels.dtype}; expected integer class indices")
+    import jax  # here, so that workers that only read images do without it
+
     if isinstance(labels, jax.core.Tracer):
         return
-    found, counts = np.unique(np.asarray(labels).astype(np.int64), return_counts=True)
-    bad = (found < 0) | (found >= num_classes)
+    distinct, counts = np.unique(np.asarray(labels).astype(np.int64), return_counts=True)
+    bad = (distinct < 0) | (distinct >= num_classes)
     if ignore_label is not None:
-        bad &= found != ignore_label
+        bad &= distinct != ignore_label
     if bad.any():
-        values = ", ".join(map(str, found[bad][:5])) + (", ..." if bad.sum() > 5 else "")
-        raise ValueError(
+        values = ", ".join(map(str, distinct[bad][:5])) + (", ..." if bad.sum() > 5 else "")
+        raise UserError(
             f"{name} hold {values} at {counts[bad].sum()} pixels; expected classes 0 to "
             f"{num_classes - 1}"
             + ("" if ignore_label is None else f" or the ignore label {ignore_label}")

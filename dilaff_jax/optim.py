@@ -6,40 +6,42 @@ import jax
 import ml_collections
 import optax
 
+from dilaff_jax import schema
+from dilaff_jax.errors import UserError
+from dilaff_jax.schema import Key
+
 OPTIMISERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "cosine", "constant")
 
-
-def default_config() -> ml_collections.ConfigDict:
-    """Every key of `config.optim`: the field's SGD (mmsegmentation's DeepLab recipe).
-
-    name: "sgd" or "adamw". learning_rate: the highest. schedule: "poly", "cosine" or "constant",
-    over all steps after `warmup_steps` of linear rise. power: of poly. end: the share of the
-    learning rate at the end. momentum, nesterov: SGD's; b1, b2: AdamW's. weight_decay: on all but
-    norms and biases, added to the gradient by SGD (as torch does), decoupled in AdamW.
-    head_multiplier: of the learning rate of all that is not the encoder. clip_norm: of the whole
-    gradient, 0 for none. accumulate: parts in which a device goes through its rows. ema: decay of
-    the averaged weights that are evaluated, 0 for none.
-    """
-    return ml_collections.ConfigDict(
-        {
-            "name": "sgd",
-            "learning_rate": 0.01,
-            "schedule": "poly",
-            "power": 0.9,
-            "end": 0.0,
-            "warmup_steps": 0,
-            "momentum": 0.9,
-            "nesterov": False,
-            "b1": 0.9,
-            "b2": 0.999,
-            "weight_decay": 5e-4,
-            "head_multiplier": 1.0,
-            "clip_norm": 0.0,
-            "accumulate": 1,
-            "ema": 0.0,
-        }
-    )
+# The defaults are the field's SGD (mmsegmentation's DeepLab recipe).
+KEYS: schema.Section = {
+    "name": Key("sgd", schema.choice(*OPTIMISERS), "`sgd` or `adamw`."),
+    "learning_rate": Key(0.01, schema.FROM_0, "The highest."),
+    "schedule": Key(
+        "poly",
+        schema.choice(*SCHEDULES),
+        "`poly`, `cosine` or `constant`, over all steps after the warm-up.",
+    ),
+    "power": Key(0.9, schema.ABOVE_0, "Of `poly`."),
+    "end": Key(0.0, schema.UP_TO_1, "Share of the learning rate at the end."),
+    "warmup_steps": Key(0, schema.WHOLE, "Steps of linear rise."),
+    "momentum": Key(0.9, schema.SHARE, "Of SGD."),
+    "nesterov": Key(False, schema.SWITCH, "Of SGD."),
+    "b1": Key(0.9, schema.SHARE, "Of AdamW."),
+    "b2": Key(0.999, schema.SHARE, "Of AdamW."),
+    "weight_decay": Key(
+        5e-4,
+        schema.FROM_0,
+        "On all but norms and biases; added to the gradient by SGD as torch does, decoupled in "
+        "AdamW.",
+    ),
+    "head_multiplier": Key(
+        1.0, schema.FROM_0, "On the learning rate of all that is not the encoder."
+    ),
+    "clip_norm": Key(0.0, schema.FROM_0, "Largest norm of the whole gradient; 0: no limit."),
+    "accumulate": Key(1, schema.COUNT, "Microbatches in which a device goes through its rows."),
+    "ema": Key(0.0, schema.SHARE, "Decay of the averaged weights that are evaluated; 0: none."),
+}
 
 
 def schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
@@ -48,12 +50,10 @@ def schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedul
     decay is (1-t)^power for poly and (1 + cos πt)/2 for cosine.
 
     Raises:
-        ValueError: an unknown schedule, or a warm-up as long as the run.
+        UserError: a warm-up as long as the run.
     """
-    if config.schedule not in SCHEDULES:
-        raise ValueError(f"optim.schedule is {config.schedule!r}; expected one of {SCHEDULES}")
     if not 0 <= config.warmup_steps < max(num_steps, 1):
-        raise ValueError(
+        raise UserError(
             f"optim.warmup_steps is {config.warmup_steps}; the run has {num_steps} steps"
         )
     peak, steps = config.learning_rate, num_steps - config.warmup_steps
@@ -79,18 +79,17 @@ def optimiser(
     """Returns the gradient transformation and the schedule that it follows.
 
     Raises:
-        ValueError: an unknown optimiser, and what `schedule` raises.
+        UserError: a config that `KEYS` does not allow, and what `schedule` raises.
     """
+    schema.check(config, KEYS, "config.optim")
     rate = schedule(config, num_steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
     if config.name == "sgd":
         trace = optax.trace(config.momentum, config.nesterov)
         core = [decay, trace if config.momentum else optax.identity()]
-    elif config.name == "adamw":
-        core = [optax.scale_by_adam(config.b1, config.b2), decay]
     else:
-        raise ValueError(f"optim.name is {config.name!r}; expected one of {OPTIMISERS}")
+        core = [optax.scale_by_adam(config.b1, config.b2), decay]
     heads = optax.masked(optax.scale(config.head_multiplier), _is_head)
     return optax.chain(clip, *core, heads, optax.scale_by_learning_rate(rate)), rate
 

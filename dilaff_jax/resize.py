@@ -5,9 +5,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Real
 
 
-def bilinear(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) -> jax.Array:
+def bilinear(
+    x: Real[Array, " *spatial C"],
+    size: Sequence[int],
+    *,
+    align_corners: bool = False,
+) -> Float[Array, " *size C"]:
     """Resizes `x` `[..., *spatial, C]` to `[..., *size, C]` by linear interpolation on every axis.
 
     Half-pixel centres and no antialiasing, as `torch.nn.functional.interpolate(mode="bilinear")`
@@ -28,7 +34,7 @@ def bilinear(x: jax.Array, size: Sequence[int], *, align_corners: bool = False) 
     )
 
 
-def matrix(n_in: int, n_out: int) -> np.ndarray:
+def matrix(n_in: int, n_out: int) -> Float[np.ndarray, " n_out n_in"]:
     """The weights `[n_out, n_in]` that `bilinear` gives the pixels along one axis, float32."""
     centre = np.clip((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0, n_in - 1)
     below = np.minimum(centre.astype(int), max(n_in - 2, 0))

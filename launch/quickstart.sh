@@ -19,4 +19,4 @@ for arm in baseline joint; do
   python -m dilaff_jax.main --config configs/shapes_quickstart.py --workdir "$workdir/$arm" \
     --config.loss.affinity="$lambda"
 done
-python -m dilaff_jax.compare "$workdir/baseline" "$workdir/joint"
+python -m dilaff_jax.report.compare_runs "$workdir/baseline" "$workdir/joint"

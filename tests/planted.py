@@ -6,7 +6,7 @@ import numpy as np
 import scipy.ndimage
 
 from dilaff_jax import affinity
-from dilaff_jax.ablation import outputs
+from dilaff_jax.ablation import network_outputs
 from dilaff_jax.data import datasets, pipeline
 
 DILATIONS = (1, 2)
@@ -32,7 +32,7 @@ def compute(run, split, edge_noise=1.0):
         offsets = affinity.offsets(DILATIONS)
         target, _ = affinity.targets(coarse, offsets)
         edges = np.where(target, 1.0, -4.0) + edge_noise * rng.normal(size=target.shape)
-    return outputs.Outputs(
+    return network_outputs.Outputs(
         source=source,
         size=size,
         logits=logits.astype(np.float32),

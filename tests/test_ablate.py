@@ -10,21 +10,23 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dilaff_jax import affinity, losses, metrics, propagate, step, train
+from dilaff_jax import affinity, losses, metrics, propagate, train
 from dilaff_jax.ablation import (
+    ablate_config,
     arms,
-    candidates,
-    colour,
+    baseline_outputs,
+    cache,
     counts,
-    kept,
-    outputs,
+    network_outputs,
+    operators,
     run,
     selection,
     statistics,
 )
-from dilaff_jax.ablation import config as ablation_config
-from dilaff_jax.ablation.candidates import Candidate
+from dilaff_jax.ablation.operators import Candidate
 from dilaff_jax.models import segmenter
+from dilaff_jax.objective import Objective
+from dilaff_jax.runtime import preemption
 from tests import data_files, planted, test_affinity, tiny_config
 
 
@@ -59,18 +61,18 @@ def whole(data_dir, tmp_path_factory):
     def spy_train(of_run, to):
         trained.append(to.relative_to(workdir).as_posix())
         if len(trained) == 2:
-            raise train.Preempted("asked to stop")
+            raise preemption.Preempted("asked to stop")
         return train_and_evaluate(of_run, to)
 
     def spy_fill(folder, *rest):
         computed.append(folder)
         return fill(folder, *rest)
 
-    train_and_evaluate, fill = train.train_and_evaluate, outputs._fill
+    train_and_evaluate, fill = train.train_and_evaluate, network_outputs._fill
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_and_evaluate", spy_train)
-        patch.setattr(outputs, "_fill", spy_fill)
-        with pytest.raises(train.Preempted):
+        patch.setattr(network_outputs, "_fill", spy_fill)
+        with pytest.raises(preemption.Preempted):
             run.ablate(config, workdir)
         first = run.ablate(config, workdir)
         number = len(computed)
@@ -132,7 +134,7 @@ def test_arms_differ_only_in_their_losses(data_dir):
     assert (base.loss.affinity, base.loss.aaf) == (0, 0)
     assert (joint.loss.affinity, joint.loss.aaf) == (1, 0)
     assert (aaf.loss.affinity, aaf.loss.aaf) == (0, 1)
-    assert step.model_config(base).affinity is None
+    assert segmenter.config_of_run(base).affinity is None
     assert {c.seed for c in (base, joint, aaf)} == {7}
     for other in (base, aaf):
         other.loss = joint.loss
@@ -204,12 +206,15 @@ def test_joint_without_affinity_loss_is_refused(data_dir):
     config = make_config(data_dir)
     config.loss.affinity = 0.0
     with pytest.raises(ValueError, match="'joint' would be the baseline"):
-        ablation_config.check(config)
+        ablate_config.check(config)
 
 
 def test_a_request_to_stop_ends_what_is_between_trainings(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(train.Preempted, match="run again"), run.stopping_cleanly(tmp_path):
+    with (
+        pytest.raises(preemption.Preempted, match="run again"),
+        preemption.stopping_cleanly(tmp_path),
+    ):
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -220,13 +225,13 @@ def test_a_request_to_stop_while_a_run_is_set_up_reaches_it_and_ends_the_ablatio
     def train_to_the_end(training):
         training(True)
         os.kill(os.getpid(), signal.SIGTERM)  # while it is set up: asked again later
-        with train._stop_signal() as stop:
+        with preemption.stop_signal() as stop:
             assert stop.wait(timeout=60)
         ended.append("the run")
         training(False)
         ended.append("not reached")
 
-    with pytest.raises(train.Preempted), run.stopping_cleanly(tmp_path) as training:
+    with pytest.raises(preemption.Preempted), preemption.stopping_cleanly(tmp_path) as training:
         train_to_the_end(training)
     assert ended == ["the run"]
 
@@ -256,7 +261,7 @@ def study(data_dir, tmp_path, monkeypatch):
         return Unseen() if split == "test" else planted.compute(run_, split)
 
     def make(**changes):
-        monkeypatch.setattr(outputs, "compute", compute)
+        monkeypatch.setattr(network_outputs, "compute", compute)
         config = make_config(data_dir, arms=("joint", "refined"), seeds=(0, 1), **changes)
         return run.Study(config, arms.runs(config, tmp_path))
 
@@ -264,7 +269,7 @@ def study(data_dir, tmp_path, monkeypatch):
 
 
 def select(study):
-    with colour.pool(1) as executor:
+    with baseline_outputs.pool(1) as executor:
         study.select(executor)
     return study.selected["refined"]
 
@@ -285,13 +290,13 @@ def test_selection_never_looks_at_the_report_split(study):
     made = study(grid=grid(**HELPFUL))
     found = select(made)
     assert found.chosen.operator in ("random_walk", "signed")
-    with colour.pool(1) as executor, pytest.raises(AssertionError, match="was looked at"):
+    with baseline_outputs.pool(1) as executor, pytest.raises(AssertionError, match="was looked at"):
         made.count(executor)
 
 
 def test_identity_is_chosen_where_every_operator_hurts(study):
     found = select(study(grid=grid(**HARMFUL)))
-    assert found.chosen == candidates.IDENTITY
+    assert found.chosen == operators.IDENTITY
     identity, harmful = (row["score"] for row in found.table)
     assert harmful < identity
 
@@ -313,7 +318,7 @@ def test_the_criterion_may_weigh_boundaries(study):
 
 
 def test_the_smaller_gain_buys_neither_figure_with_the_other():
-    grid = [candidates.IDENTITY, *(Candidate("signed", (("steps", n),)) for n in (1, 2, 3))]
+    grid = [operators.IDENTITY, *(Candidate("signed", (("steps", n),)) for n in (1, 2, 3))]
     # By seed; the means gain (0.1, -0.02), (0.02, 0.03) and (0.0, 0.3).
     miou = {0: (0.5, 0.7), 1: (0.6, 0.8), 2: (0.5, 0.74), 3: (0.7, 0.5)}
     border = {0: (0.4, 0.4), 1: (0.36, 0.4), 2: (0.4, 0.46), 3: (0.7, 0.7)}
@@ -329,22 +334,22 @@ def test_the_smaller_gain_buys_neither_figure_with_the_other():
 
 
 def test_equals_go_to_the_earlier_so_that_doing_nothing_wins():
-    both = [candidates.IDENTITY, Candidate("signed", (("steps", 0),))]
+    both = [operators.IDENTITY, Candidate("signed", (("steps", 0),))]
     scores = {c.key: {"miou": 0.5, "boundary_f": 0.5} for c in both}
-    assert selection.choose(both, [scores], "miou", 1).chosen == candidates.IDENTITY
+    assert selection.choose(both, [scores], "miou", 1).chosen == operators.IDENTITY
 
 
 def test_scores_are_kept_and_only_new_candidates_are_run(study, monkeypatch):
     made = study(grid=grid(**HARMFUL))
     select(made)
     ran = []
-    refined = candidates.refined_labels
+    refined = operators.refined_labels
 
     def spy(found, group, *rest):
         ran.extend(group)
         return refined(found, group, *rest)
 
-    monkeypatch.setattr(candidates, "refined_labels", spy)
+    monkeypatch.setattr(operators, "refined_labels", spy)
     select(made)
     assert ran == []
     made.config.ablate.grid.signed = {"steps": (1,)}
@@ -358,12 +363,12 @@ def test_swept_labels_are_those_of_one_operator_alone(study):
         Candidate("signed", (("steps", 3), ("strength", s), ("bias", b)))
         for s, b in ((0.05, "fitted"), (0.2, -2.0))
     ]
-    assert len(candidates.groups(group)) == 1
+    assert len(operators.groups(group)) == 1
     bias = np.array([-1.0, 0.5])
-    maps = np.concatenate([m for _, m in candidates.refined_labels(found, group, bias, 2)], axis=1)
+    maps = np.concatenate([m for _, m in operators.refined_labels(found, group, bias, 2)], axis=1)
     for candidate, labels in zip(group, maps, strict=True):
-        refine = candidates.operator(candidate, bias)
-        edges = found.edges.astype(np.float32)
+        refine = operators.operator(candidate, bias)
+        edges = found.affinity_logits.astype(np.float32)
         alone = jax.jit(
             lambda x, e, f=refine: propagate.refine_logits(x, e, found.offsets, found.size, f)[0]
         )
@@ -374,9 +379,9 @@ def test_swept_labels_are_those_of_one_operator_alone(study):
 
 def test_edges_are_counted_as_the_metrics_count_them(study):
     found = study().chosen_on["joint"][0]
-    labels = outputs.padded_labels(found, np.arange(len(found)), len(found))
-    coarse = affinity.downsample_labels(labels, found.edges.shape[1:3])
-    edges = found.edges.astype(np.float32)
+    labels = network_outputs.padded_labels(found, np.arange(len(found)), len(found))
+    coarse = affinity.downsample_labels(labels, found.affinity_logits.shape[1:3])
+    edges = found.affinity_logits.astype(np.float32)
 
     @jax.jit
     def count(coarse, edges):
@@ -384,14 +389,14 @@ def test_edges_are_counted_as_the_metrics_count_them(study):
         return metrics.affinity_histogram(edges, target, valid, 2)
 
     expected = count(coarse, edges)
-    np.testing.assert_array_equal(candidates.edge_histograms(found, 2)["head"], expected)
+    np.testing.assert_array_equal(operators.edge_histograms(found, 2)["head"], expected)
 
 
 def test_a_part_of_the_fitted_bias_is_a_candidate():
     fitted = np.array([-2.0, -1.0])
-    np.testing.assert_allclose(candidates.resolved("fitted", fitted), fitted)
-    np.testing.assert_allclose(candidates.resolved("fitted*0.25", fitted), [-0.5, -0.25])
-    assert candidates.resolved(-2.0, fitted) == -2
+    np.testing.assert_allclose(operators.resolved("fitted", fitted), fitted)
+    np.testing.assert_allclose(operators.resolved("fitted*0.25", fitted), [-0.5, -0.25])
+    assert operators.resolved(-2.0, fitted) == -2
 
 
 @pytest.mark.parametrize("bias", ["half", "fitted*", "fitted*x", "fitted/2"])
@@ -404,7 +409,7 @@ def test_a_bias_that_cannot_be_is_refused_before_anything_is_trained(bias, data_
 @pytest.mark.parametrize("entry", [{"steps": 3}, {"steps": ()}, {"bias": "fitted"}])
 def test_a_grid_without_values_is_refused(entry):
     with pytest.raises(ValueError, match="expected a tuple of values"):
-        candidates.grid({"signed": entry})
+        operators.grid({"signed": entry})
 
 
 # Counts and statistics.
@@ -495,12 +500,12 @@ def test_what_is_kept_is_made_anew_for_something_else(tmp_path):
 
     for about in ({"x": (1, 2)}, {"x": [1, 2]}, {"x": [1, 3]}):
         np.testing.assert_array_equal(
-            kept.arrays(tmp_path / "a.npz", about, make)["a"], np.arange(3)
+            cache.arrays(tmp_path / "a.npz", about, make)["a"], np.arange(3)
         )
     assert len(made) == 2
     (tmp_path / "b.json").write_text('{"about": 1, "result": 5}')
-    assert kept.figures(tmp_path / "b.json", 1, lambda: 6) == 5
-    assert kept.figures(tmp_path / "b.json", 2, lambda: 6) == 6
+    assert cache.figures(tmp_path / "b.json", 1, lambda: 6) == 5
+    assert cache.figures(tmp_path / "b.json", 2, lambda: 6) == 6
 
 
 # A bug that made a rival's affinity loss hurt: borders and ignored pixels taken for class edges.
@@ -522,8 +527,8 @@ TARGETS, BALANCED = affinity.targets, losses.affinity_balanced
 def check_that_masked_pairs_teach_nothing():
     """The gradient of the whole objective at pairs that leave the image or touch void is zero."""
     config = tiny_config.get_config()
-    model = segmenter.build(step.model_config(config), 8)
-    objective = step.Objective(config, model)
+    model = segmenter.build(segmenter.config_of_run(config), 8)
+    objective = Objective(config, model)
     labels = np.random.default_rng(0).integers(0, 2, (1, 32, 32))
     labels[:, 8:20, :16] = 255
     offsets = model.offsets

@@ -13,7 +13,7 @@ import torch
 
 import dilaff_jax
 from dilaff_jax import affinity, propagate
-from dilaff_jax.data import classes
+from dilaff_jax.data import class_list
 from tests import data_files
 from tests import tiny_run as runs
 
@@ -105,8 +105,8 @@ def test_what_cannot_be_loaded_says_why(tiny_run, tmp_path):
 
 
 def test_classes_survive_the_file(tmp_path):
-    classes.Classes(runs.NAMES, runs.COLORS).write(tmp_path)
-    found = classes.read(tmp_path)
+    class_list.Classes(runs.NAMES, runs.COLORS).write(tmp_path)
+    found = class_list.read_classes(tmp_path)
     assert found.names == runs.NAMES
     np.testing.assert_array_equal(found.colors, runs.COLORS)
 

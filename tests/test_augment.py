@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from dilaff_jax.data import augment, config
+from dilaff_jax.data import augment, data_config
 from dilaff_jax.data.augment import Augmentation, Window
 from tests.data_files import classes_map, picture
 
@@ -257,7 +257,7 @@ def test_photometric_equals_its_steps_done_one_by_one(seed):
 
 
 def test_from_config_takes_lists_too():
-    data = config.default(crop_size=[64, 96], scale_range=[0.5, 1.5], pad_rgb=[1, 2, 3])
+    data = data_config.default(crop_size=[64, 96], scale_range=[0.5, 1.5], pad_rgb=[1, 2, 3])
     make = Augmentation.from_config(data)
     assert make.crop_size == (64, 96)
     assert make.pad_rgb == (1, 2, 3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dilaff_jax.models.batch_norm import BatchNorm
+from dilaff_jax.models.cpu.batch_norm import BatchNorm
 
 CHANNELS = 5
 

@@ -11,9 +11,10 @@ import PIL.Image
 import pytest
 
 from configs import camvid_ablation
-from dilaff_jax import optim, parallel, step, train
+from dilaff_jax import optim, settings, step
 from dilaff_jax.data import datasets, pipeline, prepare
 from dilaff_jax.models import segmenter
+from dilaff_jax.runtime import parallel
 from tests import data_files
 from tests.test_data_sets import (
     SMALL_VOC,
@@ -77,14 +78,15 @@ def test_camvid_is_selected_on_the_sequence_that_shows_every_class(real_data):
 def test_a_config_says_how_it_is_run_and_passes_all_checks(name):
     module = importlib.import_module(f"configs.{name}")
     assert name == "default" or f"configs/{name}.py" in module.__doc__
-    train.check(module.get_config())
+    settings.check(module.get_config())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_first_batch_is_what_the_step_expects(name, data_dir):
     config = get_config(name)
     config.data.update({"data_dir": str(data_dir), "workers": 0})
-    with pipeline.train_batches(config.data, batch_size=4, seed=0) as batches:
+    source = datasets.load(config.data, config.data.train_split)
+    with pipeline.train_batches(config.data, source, batch_size=4, seed=0) as batches:
         batch = next(batches)
     size = tuple(config.data.crop_size)
     assert batch["image"].shape == (4, *size, 3)
@@ -99,7 +101,7 @@ def test_the_first_batch_is_what_the_step_expects(name, data_dir):
 def test_the_training_step_keeps_the_form_of_the_state(name):
     config = get_config(name)
     classes = CLASSES[config.data.dataset]
-    model = segmenter.build(step.model_config(config), classes, axis_name=parallel.AXIS)
+    model = segmenter.build(segmenter.config_of_run(config), classes, axis_name=parallel.AXIS)
     tx, _ = optim.optimiser(config.optim, config.num_steps)
     train_step = step.TrainStep(config, model, classes, tx)
     height, width = config.data.crop_size

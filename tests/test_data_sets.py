@@ -18,7 +18,7 @@ from dilaff_jax.data import (
     builder,
     camvid,
     cityscapes,
-    config,
+    data_config,
     datasets,
     images,
     prepare,
@@ -30,7 +30,9 @@ from tests.data_files import classes_map, image_folder, picture, save, save_pale
 
 
 def loaded(dataset, data_dir, split="train", **kwargs):
-    return datasets.load(config.default(dataset=dataset, data_dir=str(data_dir), **kwargs), split)
+    return datasets.load(
+        data_config.default(dataset=dataset, data_dir=str(data_dir), **kwargs), split
+    )
 
 
 def labels(source):
@@ -596,11 +598,11 @@ def test_neither_tensorflow_nor_torch_is_imported(tmp_path):
     image_folder(tmp_path / "in")
     code = f"""
 import sys
-from dilaff_jax.data import batches, config, contact_sheet, datasets, pipeline, prepare
+from dilaff_jax.data import batch_iterator, data_config, contact_sheet, datasets, pipeline, prepare
 assert datasets.names()
 prepare.prepare("image_folder/x", {str(tmp_path / "out")!r}, {str(tmp_path / "in")!r})
-data = config.default(dataset="image_folder/x", data_dir={str(tmp_path / "out")!r})
-next(pipeline.train_batches(data, batch_size=2, seed=0))
+data = data_config.default(dataset="image_folder/x", data_dir={str(tmp_path / "out")!r})
+next(pipeline.train_batches(data, datasets.load(data, 'train'), batch_size=2, seed=0))
 assert not {{"tensorflow", "torch"}} & set(sys.modules), "heavy imports"
 print("clean")
 """

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dilaff_jax.models import decoders, layers, segmenter
+from dilaff_jax.models.cpu import dispatch
 from tests.test_encoders import noise, random_variables
 
 NAMES = ("fcn", "pspnet", "unet", "deeplabv3", "deeplabv3plus")
@@ -126,8 +127,9 @@ def test_adaptive_pooling_equals_torch_at_odd_sizes(size, bins):
 def conv_dilations(decoder, x):
     """The dilations of all 3×3 convolutions in the program of a decoder."""
     variables = jax.eval_shape(lambda: decoder.init(jax.random.key(0), x, False))
-    traced = jax.jit(lambda v: decoder.apply(v, x, False)).trace(variables)
     # On an accelerator each is one convolution.
+    with dispatch.made_for("tpu"):
+        traced = jax.jit(lambda v: decoder.apply(v, x, False)).trace(variables)
     program = traced.lower(lowering_platforms=("tpu",)).as_text()
     found = [line for line in program.splitlines() if "stablehlo.convolution" in line]
     rates = [re.search(r"rhs_dilate = \[(\d+)", line) for line in found if ", tensor<3x3x" in line]

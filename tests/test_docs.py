@@ -16,11 +16,11 @@ import yaml
 
 import dilaff_jax.data
 from configs import default
-from dilaff_jax import affinity, network, predictor, propagate
-from dilaff_jax.data import config as data_config
-from dilaff_jax.data import datasets, images, prepare
-from dilaff_jax.data.classes import Classes
-from dilaff_jax.models import affinity_head, options, segmenter
+from dilaff_jax import affinity, propagate
+from dilaff_jax.data import data_config, datasets, images, prepare
+from dilaff_jax.data.class_list import Classes
+from dilaff_jax.models import affinity_head, module_options, segmenter
+from dilaff_jax.serving import network, predictor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -207,7 +207,7 @@ def test_every_key_of_a_config_is_explained_with_its_default():
     head = affinity_head.AffinityHead()
     known |= {
         f"model.affinity.{name}": getattr(head, name)
-        for name in options.fields(affinity_head.AffinityHead)
+        for name in module_options.fields(affinity_head.AffinityHead)
         if name != "style"
     }
     rows = re.findall(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import dilaff_jax
-from dilaff_jax import export, network, onnx_export, tf_export
+from dilaff_jax.export import onnx, saved_model, stablehlo
+from dilaff_jax.serving import network
 from tests import data_files
 from tests import tiny_run as runs
 
@@ -22,7 +23,7 @@ IMAGES = np.stack([data_files.picture(48, 40, seed) for seed in range(3)])
 @pytest.fixture(scope="module")
 def exported(tiny_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("export") / "model.zip"
-    return path, export.write(network.from_run(tiny_run)[0], path)
+    return path, stablehlo.write(network.from_run(tiny_run)[0], path)
 
 
 # What docs show, and all that a stranger needs.
@@ -85,7 +86,7 @@ def test_a_file_is_loaded_as_a_run_is(exported, tiny_run):
 
 
 def test_a_network_without_affinities_is_exported_too(tiny_plain_run, tmp_path):
-    export.write(network.from_run(tiny_plain_run)[0], tmp_path / "plain.zip", platforms=["cpu"])
+    stablehlo.write(network.from_run(tiny_plain_run)[0], tmp_path / "plain.zip", platforms=["cpu"])
     found = dilaff_jax.load(tmp_path / "plain.zip")(IMAGES[1])
     np.testing.assert_array_equal(found.labels, runs.expected(tiny_plain_run, IMAGES[1])[0])
     assert found.affinity is None
@@ -99,9 +100,9 @@ def test_a_network_that_computes_with_its_size_is_exported_for_one_size(tiny_run
 
     rigid = dataclasses.replace(net, apply=apply)
     with pytest.raises(ValueError, match="one size, --size=HEIGHT,WIDTH"):
-        export.write(rigid, tmp_path / "rigid.zip")
+        stablehlo.write(rigid, tmp_path / "rigid.zip")
     assert not (tmp_path / "rigid.zip").exists()
-    metadata = export.write(rigid, tmp_path / "rigid.zip", size=(64, 64), platforms=["cpu"])
+    metadata = stablehlo.write(rigid, tmp_path / "rigid.zip", size=(64, 64), platforms=["cpu"])
     assert metadata["size"] == [64, 64]
     model = dilaff_jax.load(tmp_path / "rigid.zip")
     np.testing.assert_array_equal(
@@ -128,18 +129,18 @@ def test_a_damaged_or_foreign_file_is_refused(exported, tmp_path):
 
 def test_the_command_exports_and_says_what(tiny_run, tmp_path, capsys):
     file = tmp_path / "new" / "model.zip"
-    assert export.main([str(tiny_run), str(file), "--platforms=cpu", "--size=64,96"]) == 0
+    assert stablehlo.main([str(tiny_run), str(file), "--platforms=cpu", "--size=64,96"]) == 0
     assert "input: images, uint8 (b, 64, 96, 3): RGB" in capsys.readouterr().out
     assert file.is_file()
     with pytest.raises(SystemExit, match=r"FileNotFoundError: .* is no run"):
-        export.main([str(tmp_path), str(file)])
+        stablehlo.main([str(tmp_path), str(file)])
 
 
 def test_an_onnx_file_equals_the_model(tiny_run, tmp_path):
     pytest.importorskip("jax2onnx", reason="needs: pip install --no-deps jax2onnx, extra [onnx]")
     net = network.from_run(tiny_run)[0]
-    onnx_export.write(net, tmp_path / "model.onnx", (64, 96))
-    worst = onnx_export.compare(net, tmp_path / "model.onnx", (64, 96))
+    onnx.write(net, tmp_path / "model.onnx", (64, 96))
+    worst = onnx.compare(net, tmp_path / "model.onnx", (64, 96))
     assert worst.keys() == {"labels", "probs", "logits", "affinity_logits"}
     assert worst["labels"] == 0
     assert max(worst.values()) < 1e-4  # the logits are of the order of ten
@@ -149,10 +150,10 @@ def test_what_is_converted_to_onnx_is_written_for_no_platform(tiny_run):
     net = network.from_run(tiny_run)[0]
     x = jnp.asarray(IMAGES[:1], jnp.float32)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    assert "platform_index" in str(jax.make_jaxpr(export.program(net))(shape))
-    names, function = onnx_export._flat(net, shape)
+    assert "platform_index" in str(jax.make_jaxpr(stablehlo.program(net))(shape))
+    names, function = onnx._flat(net, shape)
     assert "platform" not in str(jax.make_jaxpr(function)(shape))
-    wanted = jax.jit(export.program(net))(x)
+    wanted = jax.jit(stablehlo.program(net))(x)
     for name, value in zip(names, jax.jit(function)(x), strict=True):
         np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-4)
 
@@ -160,15 +161,15 @@ def test_what_is_converted_to_onnx_is_written_for_no_platform(tiny_run):
 def test_without_the_converter_the_message_says_how_to_get_it(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(ImportError, match="pip install --no-deps jax2onnx"):
-        onnx_export.write(network.from_run(tiny_run)[0], tmp_path / "model.onnx", (64, 96))
+        onnx.write(network.from_run(tiny_run)[0], tmp_path / "model.onnx", (64, 96))
 
 
 def test_a_saved_model_equals_the_model(tiny_run, tmp_path):
     tf = pytest.importorskip("tensorflow", reason="needs the extra [tensorflow]")
     net = network.from_run(tiny_run)[0]
-    tf_export.write(net, tmp_path / "saved")
+    saved_model.write(net, tmp_path / "saved")
     found = tf.saved_model.load(str(tmp_path / "saved")).segment(IMAGES)
-    wanted = jax.jit(export.program(net))(IMAGES)
+    wanted = jax.jit(stablehlo.program(net))(IMAGES)
     for name, value in wanted.items():
         scale = max(1, np.abs(np.asarray(value, np.float32)).max())
         np.testing.assert_allclose(found[name].numpy(), value, atol=1e-5 * scale)

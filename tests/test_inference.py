@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dilaff_jax import affinity, inference, resize
+from dilaff_jax import affinity, resize, schema
+from dilaff_jax.models import test_time
 
 OFFSETS = affinity.offsets((1, 2))
 IMAGES = np.random.default_rng(0).uniform(0, 255, (2, 37, 50, 3)).astype(np.float32)
 
 
 def config(**changes):
-    result = inference.default_config()
+    result = schema.defaults(test_time.KEYS)
     result.update(changes)
     return result
 
@@ -27,7 +28,7 @@ def pixelwise(images):
 
 
 def test_the_whole_image_is_the_network_itself():
-    logits, edges = inference.infer(pixelwise, IMAGES, OFFSETS, config())
+    logits, edges = test_time.infer(pixelwise, IMAGES, OFFSETS, config())
     np.testing.assert_array_equal(logits, pixelwise(IMAGES)["logits"])
     np.testing.assert_array_equal(edges, pixelwise(IMAGES)["affinity_logits"])
 
@@ -36,7 +37,7 @@ def test_the_whole_image_is_the_network_itself():
 @pytest.mark.parametrize("stride", [2 / 3, 1.0])
 def test_windows_of_a_network_without_context_give_the_whole_image(window, stride):
     options = config(window=window, stride=stride)
-    logits, edges = jax.jit(lambda x: inference.infer(pixelwise, x, OFFSETS, options))(IMAGES)
+    logits, edges = jax.jit(lambda x: test_time.infer(pixelwise, x, OFFSETS, options))(IMAGES)
     expected = pixelwise(IMAGES)
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
     # Pairs that reach out of a window are seen only by other windows; inner ones agree.
@@ -50,7 +51,7 @@ def test_every_pixel_is_seen_by_a_window_and_averaged():
         value = images.mean(axis=(1, 2, 3), keepdims=True)
         return {"logits": jnp.broadcast_to(value, (*images.shape[:3], 1)), "affinity_logits": None}
 
-    found, edges = inference.infer(mean, IMAGES, None, config(window=(20, 30), stride=0.5))
+    found, edges = test_time.infer(mean, IMAGES, None, config(window=(20, 30), stride=0.5))
     total, count = np.zeros((2, 40, 60, 1)), np.zeros((1, 40, 60, 1))
     for top in (0, 10, 17):
         for left in (0, 15, 20):
@@ -65,7 +66,7 @@ def test_windows_begin_on_the_affinity_grid_and_cover_the_image():
     for size in range(1, 60):
         for window in (8, 13, 32):
             for cell in (1, 2, 4):
-                starts = inference._starts(size, min(window, size), 2 / 3, cell)
+                starts = test_time._starts(size, min(window, size), 2 / 3, cell)
                 assert all(s % cell == 0 for s in starts)
                 assert starts[0] == 0
                 assert starts[-1] + min(window, size) >= size
@@ -74,7 +75,7 @@ def test_windows_begin_on_the_affinity_grid_and_cover_the_image():
 
 
 def test_a_flip_of_a_network_without_context_changes_nothing():
-    probs, edges = inference.infer(pixelwise, IMAGES[:, :, :49], OFFSETS, config(flip=True))
+    probs, edges = test_time.infer(pixelwise, IMAGES[:, :, :49], OFFSETS, config(flip=True))
     expected = pixelwise(IMAGES[:, :, :49])
     np.testing.assert_allclose(jax.nn.softmax(probs), jax.nn.softmax(expected["logits"]), atol=1e-5)
     np.testing.assert_allclose(edges, expected["affinity_logits"], atol=1e-4)
@@ -82,7 +83,7 @@ def test_a_flip_of_a_network_without_context_changes_nothing():
 
 def test_scales_are_averaged_as_probabilities():
     scales = (0.5, 1.0, 1.5)
-    logits, _ = inference.infer(pixelwise, IMAGES, OFFSETS, config(scales=scales))
+    logits, _ = test_time.infer(pixelwise, IMAGES, OFFSETS, config(scales=scales))
     expected = np.mean(
         [
             jax.nn.softmax(
@@ -104,7 +105,7 @@ def test_scales_are_averaged_as_probabilities():
         ({"window": (0, 5)}, r"inference.window is \(0, 5\)"),
         ({"window": (5,)}, "expected .height, width. or None"),
         ({"stride": 0.0}, "inference.stride is 0.0"),
-        ({"scales": (0.5, 2.0)}, "expected positive, 1 among them"),
+        ({"scales": (0.5, 2.0)}, "expected positive numbers, 1 among them"),
         ({"scales": (-1.0, 1.0)}, "expected positive"),
     ],
 )
@@ -113,4 +114,4 @@ def test_bad_options_are_refused(changes, message):
     with options.ignore_type():
         options.update(changes)
     with pytest.raises(ValueError, match=message):
-        inference.infer(pixelwise, IMAGES, OFFSETS, options)
+        test_time.infer(pixelwise, IMAGES, OFFSETS, options)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from jax import export as jax_export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dilaff_jax import affinity, chips, hlo, propagate
-from dilaff_jax.kernels import backends, bands, propagation
+from dilaff_jax import affinity, propagate
+from dilaff_jax.kernels import backends, bands, tpu
+from dilaff_jax.preflight import chips, hlo
 
 # Interpreted once or twice each: optimising the program would take longer than running it.
 HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -53,7 +54,7 @@ def test_signed_is_that_of_xla(size, dilations, steps, rows, number_of_bands):
     plan = bands.plan(probs, logits, offsets, steps, rows=rows)
     assert plan.bands == number_of_bands
     bias = jnp.linspace(-2, 1, len(offsets))
-    kernel = functools.partial(propagation.signed, plan=plan, interpret=True)
+    kernel = functools.partial(tpu.signed, plan=plan, interpret=True)
     refined = hastily(kernel, probs, logits, jnp.float32(0.3), bias)
     expected = propagate.signed(
         probs, logits, np.array(offsets), steps=steps, strength=0.3, bias=bias
@@ -66,7 +67,7 @@ def test_random_walk_is_that_of_xla_with_every_option_and_across_bands():
     edges = jax.nn.sigmoid(logits)
     plan = bands.plan(probs, edges, offsets, 3, rows=5)
     assert plan.bands == 3
-    kernel = functools.partial(propagation.random_walk, plan=plan, interpret=True)
+    kernel = functools.partial(tpu.random_walk, plan=plan, interpret=True)
     walk = jax.jit(kernel).lower(probs, edges, (1.0, 0.0, 1.0, 0.0)).compile(HASTY)
     names = ("sharpness", "threshold", "self_weight", "restart")
     for options in [(1.0, 0.0, 1.0, 0.0), (3.0, 0.4, 0.5, 0.2), (0.5, 0.9, 0.0, 0.7)]:
@@ -158,7 +159,7 @@ def test_the_default_case_is_read_once_on_a_v5e_and_left_to_xla_on_a_v4():
 
 @pytest.fixture
 def a_tpu(monkeypatch):
-    monkeypatch.setattr(backends, "made_for_tpu", lambda: True)
+    monkeypatch.setattr(backends, "traced_for", lambda: "tpu")
 
 
 def lowered(function, *arrays, platform="tpu"):
@@ -182,7 +183,7 @@ def test_the_kernel_is_chosen_on_tpus_only(a_tpu):
 
 def test_where_there_is_no_tpu_pallas_is_not_even_traced():
     function, *arrays = refine(33)
-    assert not backends.made_for_tpu()
+    assert backends.traced_for() == "cpu"
     assert "pallas_call" not in str(jax.make_jaxpr(function)(*arrays))
 
 

@@ -174,14 +174,14 @@ def test_gradients_agree_with_finite_differences(name):
 
 
 def test_plus_adds_arrays_and_not_tuples():
-    one = losses.Parts(jnp.ones(2), jnp.ones(2))
+    one = losses.LossSum(jnp.ones(2), jnp.ones(2))
     total = one + one
-    assert isinstance(total, losses.Parts)
+    assert isinstance(total, losses.LossSum)
     np.testing.assert_array_equal(total.sum, [2, 2])
 
 
 def test_finish_divides_each_entry_by_its_count_and_takes_the_mean():
-    parts = losses.Parts(jnp.array([6.0, 5.0, 0.0]), jnp.array([2.0, 10.0, 0.0]))
+    parts = losses.LossSum(jnp.array([6.0, 5.0, 0.0]), jnp.array([2.0, 10.0, 0.0]))
     assert losses.finish(parts) == approx((3 + 0.5 + 0) / 3)
 
 
@@ -442,7 +442,7 @@ def test_pairs_weigh_the_mean_of_their_classes(name):
     target, valid = targets(labels)
     weights = affinity.pair_weights(labels, OFFSETS, by_class)
     found = AFFINITY[name](logits, target, valid, 2, weights=weights)
-    repeated = losses.Parts(jnp.zeros(found.sum.shape), jnp.zeros(found.sum.shape))
+    repeated = losses.LossSum(jnp.zeros(found.sum.shape), jnp.zeros(found.sum.shape))
     for times in range(1, 8):
         for b in range(len(labels)):
             chosen = np.zeros(valid[b].shape, bool)
@@ -451,7 +451,7 @@ def test_pairs_weigh_the_mean_of_their_classes(name):
                     ends = by_class[labels[b][i]] + by_class[labels[b][j]]
                     chosen[i][k] = ends / 2 == times
             one = AFFINITY[name](logits[b : b + 1], target[b : b + 1], chosen[None], 2)
-            repeated += losses.Parts(times * one.sum, times * one.count)
+            repeated += losses.LossSum(times * one.sum, times * one.count)
     np.testing.assert_allclose(found.count, repeated.count, rtol=1e-6)
     np.testing.assert_allclose(found.sum, repeated.sum, rtol=1e-4)
 
@@ -702,7 +702,7 @@ def test_enlarged_is_the_loss_of_enlarged_logits(loss, options, height):
 
     @jax.jit
     def by_blocks(logits, labels):
-        parts = losses.enlarged(loss, logits, labels, **options)
+        parts = losses.upsampled_loss(loss, logits, labels, **options)
         return losses.finish(parts), parts
 
     @jax.jit
@@ -727,4 +727,4 @@ def test_enlarged_keeps_the_full_logits_out_of_memory():
 
     full = 2 * 257 * 257 * 21 * 4
     assert needs(lambda x, y: losses.cross_entropy(resize.bilinear(x, y.shape[1:]), y)) > full
-    assert needs(lambda x, y: losses.enlarged(losses.cross_entropy, x, y)) < full
+    assert needs(lambda x, y: losses.upsampled_loss(losses.cross_entropy, x, y)) < full

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dilaff_jax import affinity
+from dilaff_jax import affinity, schema
 from dilaff_jax.models import decoders, layers, segmenter
 from dilaff_jax.models.encoders import resnet
 from tests.test_encoders import SHORT, random_variables
@@ -282,14 +282,14 @@ def test_images_of_another_shape_are_refused(shape):
 
 
 def test_default_config_builds_and_is_complete():
-    config = segmenter.default_config()
+    config = schema.defaults(segmenter.KEYS)
     model = segmenter.build(config, 21)
     assert model == segmenter.build({}, 21)
     assert isinstance(config, ml_collections.ConfigDict)
 
 
 def test_lists_and_locked_configs_work_as_configs_write_them():
-    config = segmenter.default_config()
+    config = schema.defaults(segmenter.KEYS)
     config.update(encoder="resnet50", multi_grid=[1, 2, 4])
     config.affinity = ml_collections.ConfigDict({"dilations": [1, 2], "sources": ["stride4"]})
     model = segmenter.build(config.lock(), 21)
@@ -301,17 +301,17 @@ def test_lists_and_locked_configs_work_as_configs_write_them():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encodr": "resnet50"}, "no key 'encodr' .did you mean 'encoder'.*allowed: affinity"),
+        ({"encodr": "resnet50"}, "no key 'encodr' .did you mean 'encoder'.*allowed: encoder"),
         ({"decoder": "deeplab"}, "decoder is 'deeplab'; allowed: deeplabv3.*unet"),
         ({"decoder_options": {"width": 8}}, "decoder_options has no key 'width'; allowed: dropout"),
         (
             {"decoder": "deeplabv3", "decoder_options": {"rate": (1,)}},
             "did you mean 'rates'.*allowed: output_stride",
         ),
-        ({"output_stride": 4}, "output_stride is 4; allowed: 8, 16, 32"),
-        ({"norm": "layer"}, "norm is 'layer'; allowed: 'batch', 'group'"),
+        ({"output_stride": 4}, "output_stride is 4; expected one of 8, 16, 32"),
+        ({"norm": "layer"}, "norm is 'layer'; expected one of 'batch', 'group'"),
         ({"norm": "group", "frozen_norm": True}, "frozen_norm is set and norm is 'group'"),
-        ({"dtype": "float16"}, "dtype is 'float16'; allowed: 'float32', 'bfloat16'"),
+        ({"dtype": "float16"}, "dtype is 'float16'; expected one of 'float32', 'bfloat16'"),
         ({"affinity": {"dilation": (1,)}}, "affinity has no key 'dilation'.*dilations"),
         ({"affinity": {"stride": 8}}, "affinity.stride is 8; allowed: 1, 2, 4"),
         ({"affinity": {"sources": ("stride8",)}}, "affinity.sources is 'stride8'.*'stride4'"),

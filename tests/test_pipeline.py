@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dilaff_jax.data import batches, config, datasets, pipeline, prepare
+from dilaff_jax.data import batch_iterator, data_config, datasets, pipeline, prepare
 from dilaff_jax.data.images import DataError
 from tests.data_files import image_folder, tiny_shapes
 
@@ -34,7 +34,15 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def data(data_dir):
-    return config.default(dataset="shapes/tiny", data_dir=str(data_dir), crop_size=(24, 28))
+    return data_config.default(dataset="shapes/tiny", data_dir=str(data_dir), crop_size=(24, 28))
+
+
+def train_batches(data, **options):
+    return pipeline.train_batches(data, datasets.load(data, data.train_split), **options)
+
+
+def eval_batches(data, split=None, **options):
+    return pipeline.eval_batches(data, datasets.load(data, split or data.eval_split), **options)
 
 
 def take(iterator, count):
@@ -42,7 +50,7 @@ def take(iterator, count):
 
 
 def train(data, count, batch_size=4, seed=1, **kwargs):
-    with pipeline.train_batches(data, batch_size=batch_size, seed=seed, **kwargs) as it:
+    with train_batches(data, batch_size=batch_size, seed=seed, **kwargs) as it:
         return take(it, count)
 
 
@@ -137,7 +145,7 @@ class Spy:
 def test_shards_are_disjoint_and_complete_and_nothing_else_is_read(data):
     read = []
     for process in range(2):
-        batch_at = pipeline.train_batches(
+        batch_at = train_batches(
             data, batch_size=10, seed=0, process_index=process, process_count=2
         ).batch_at
         spy = Spy(batch_at.source)
@@ -150,12 +158,12 @@ def test_shards_are_disjoint_and_complete_and_nothing_else_is_read(data):
 
 
 def test_num_epochs_ends_the_stream(data):
-    with pipeline.train_batches(data, batch_size=4, seed=0, num_epochs=2) as it:
+    with train_batches(data, batch_size=4, seed=0, num_epochs=2) as it:
         assert len(it) == len(list(it)) == 5
 
 
 def test_the_stream_is_endless_by_default(data):
-    with pipeline.train_batches(data, batch_size=4, seed=0) as it:
+    with train_batches(data, batch_size=4, seed=0) as it:
         with pytest.raises(TypeError, match="no length"):
             len(it)
         state = it.get_state() | {"step": 10**9}
@@ -175,14 +183,14 @@ def test_the_stream_is_endless_by_default(data):
 )
 def test_bad_arguments_are_refused(data, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        pipeline.train_batches(data, **{"seed": 0} | kwargs)
+        train_batches(data, **{"seed": 0} | kwargs)
 
 
 def test_an_unknown_key_is_refused(data):
     with data.unlocked():
         data.crop = (3, 3)
     with pytest.raises(ValueError, match="no key 'crop'; did you mean 'crop_size'"):
-        pipeline.train_batches(data, batch_size=4, seed=0)
+        train_batches(data, batch_size=4, seed=0)
 
 
 # Position.
@@ -192,11 +200,11 @@ def test_an_unknown_key_is_refused(data):
 def test_a_restored_stream_continues_exactly_in_mid_epoch(data, before, after):
     want = train(data, 8)
     data.workers = before
-    with pipeline.train_batches(data, batch_size=4, seed=1) as it:
+    with train_batches(data, batch_size=4, seed=1) as it:
         take(it, 3)  # 12 of 10 examples: in the second epoch
         state = it.get_state()
     data.workers = after
-    with pipeline.train_batches(data, batch_size=4, seed=1) as it:
+    with train_batches(data, batch_size=4, seed=1) as it:
         it.set_state(state)
         assert it.get_state() == state
         assert_same(take(it, 5), want[3:])
@@ -204,7 +212,7 @@ def test_a_restored_stream_continues_exactly_in_mid_epoch(data, before, after):
 
 def test_going_back_in_a_running_stream_is_exact(data):
     data.workers = 2
-    with pipeline.train_batches(data, batch_size=4, seed=1) as it:
+    with train_batches(data, batch_size=4, seed=1) as it:
         state = it.get_state()
         first = take(it, 4)
         it.set_state(state)
@@ -213,12 +221,12 @@ def test_going_back_in_a_running_stream_is_exact(data):
 
 def test_a_position_saved_by_one_process_serves_two(data):
     want = train(data, 6)
-    with pipeline.train_batches(data, batch_size=4, seed=1) as it:
+    with train_batches(data, batch_size=4, seed=1) as it:
         take(it, 2)
         state = it.get_state()
     for process in range(2):
         kwargs = {"process_index": process, "process_count": 2}
-        with pipeline.train_batches(data, batch_size=4, seed=1, **kwargs) as it:
+        with train_batches(data, batch_size=4, seed=1, **kwargs) as it:
             it.set_state(state)
             for batch, whole in zip(take(it, 4), want[2:], strict=True):
                 rows = whole["label"][2 * process : 2 * process + 2]
@@ -228,8 +236,8 @@ def test_a_position_saved_by_one_process_serves_two(data):
 @pytest.mark.parametrize("change", [{"seed": 2}, {"batch_size": 2}])
 def test_a_position_of_another_stream_is_refused(data, change):
     arguments = {"batch_size": 4, "seed": 1}
-    state = pipeline.train_batches(data, **arguments).get_state()
-    other = pipeline.train_batches(data, **arguments | change)
+    state = train_batches(data, **arguments).get_state()
+    other = train_batches(data, **arguments | change)
     with pytest.raises(ValueError, match=f"{next(iter(change))} differ"):
         other.set_state(state)
 
@@ -237,7 +245,7 @@ def test_a_position_of_another_stream_is_refused(data, change):
 def test_the_position_goes_through_an_orbax_checkpoint(data, tmp_path):
     want = train(data, 6)
     with (
-        pipeline.train_batches(data, batch_size=4, seed=1) as it,
+        train_batches(data, batch_size=4, seed=1) as it,
         ocp.CheckpointManager(tmp_path) as manager,
     ):
         take(it, 2)
@@ -256,8 +264,8 @@ def test_the_position_goes_through_an_orbax_checkpoint(data, tmp_path):
 
 def test_prefetched_batches_are_on_the_device_and_in_order(data):
     want = train(data, 5, num_epochs=2)
-    it = pipeline.train_batches(data, batch_size=4, seed=1, num_epochs=2)
-    it = batches.DevicePrefetch(it, jax.device_put, depth=2)
+    it = train_batches(data, batch_size=4, seed=1, num_epochs=2)
+    it = batch_iterator.DevicePrefetch(it, jax.device_put, depth=2)
     found = list(it)
     it.close()
     assert isinstance(found[0]["image"], jax.Array)
@@ -268,8 +276,8 @@ def test_prefetched_batches_are_on_the_device_and_in_order(data):
 def test_the_saved_position_is_that_of_the_batches_returned(data, depth, workers):
     want = train(data, 8)
     data.workers = workers
-    make = lambda: batches.DevicePrefetch(  # noqa: E731
-        pipeline.train_batches(data, batch_size=4, seed=1), jax.device_put, depth
+    make = lambda: batch_iterator.DevicePrefetch(  # noqa: E731
+        train_batches(data, batch_size=4, seed=1), jax.device_put, depth
     )
     it = make()
     assert it.get_state()["step"] == 0
@@ -289,15 +297,15 @@ def test_the_saved_position_is_that_of_the_batches_returned(data, depth, workers
 def test_batches_on_the_device_outlive_the_workers_memory(data):
     want = train(data, 6)
     data.workers = 1
-    with pipeline.train_batches(data, batch_size=4, seed=1) as it:
+    with train_batches(data, batch_size=4, seed=1) as it:
         held = [jax.device_put(batch) for batch in take(it, 6)]
     assert_same([jax.device_get(batch) for batch in held], want)
 
 
 def test_depth_0_is_refused(data):
-    it = pipeline.train_batches(data, batch_size=4, seed=1)
+    it = train_batches(data, batch_size=4, seed=1)
     with pytest.raises(ValueError, match="depth=0: want at least 1"):
-        batches.DevicePrefetch(it, jax.device_put, depth=0)
+        batch_iterator.DevicePrefetch(it, jax.device_put, depth=0)
 
 
 # Evaluation.
@@ -311,7 +319,7 @@ def test_every_image_is_evaluated_exactly_once(data, batch_size, processes):
     seen, lengths, shapes = [], set(), set()
     for process in range(processes):
         kwargs = {"process_index": process, "process_count": processes}
-        it = pipeline.eval_batches(data, batch_size=batch_size, **kwargs)
+        it = eval_batches(data, batch_size=batch_size, **kwargs)
         found = list(it)
         lengths.add(len(found))
         shapes |= {tuple(batch[k].shape for k in sorted(batch)) for batch in found}
@@ -331,11 +339,11 @@ def test_every_image_is_evaluated_exactly_once(data, batch_size, processes):
 
 
 def test_images_of_different_sizes_are_padded_and_their_sizes_kept(data_dir):
-    data = config.default(
+    data = data_config.default(
         dataset="image_folder/mixed", data_dir=str(data_dir), eval_split="train", pad_rgb=(1, 2, 3)
     )
     source = datasets.load(data, "train")
-    (batch,) = list(pipeline.eval_batches(data, batch_size=3))
+    (batch,) = list(eval_batches(data, batch_size=3))
     assert batch["size"].tolist() == source.sizes.tolist() == [[20, 30], [20, 30], [26, 12]]
     assert batch["image"].shape == (3, 26, 30, 3)
     for row, (height, width) in enumerate(batch["size"]):
@@ -349,28 +357,30 @@ def test_images_of_different_sizes_are_padded_and_their_sizes_kept(data_dir):
 
 
 def test_a_given_eval_size_is_kept_and_too_small_a_one_refused(data_dir):
-    data = config.default(dataset="image_folder/mixed", data_dir=str(data_dir), eval_split="train")
+    data = data_config.default(
+        dataset="image_folder/mixed", data_dir=str(data_dir), eval_split="train"
+    )
     data.eval_size = (32, 40)
-    assert next(pipeline.eval_batches(data, batch_size=2))["image"].shape == (2, 32, 40, 3)
+    assert next(eval_batches(data, batch_size=2))["image"].shape == (2, 32, 40, 3)
     data.eval_size = (24, 40)
     message = (
         r"eval_size=\(24, 40\) is smaller than 1 images .*'c' \(26, 12\); want at least \(26, 30\)"
     )
     with pytest.raises(ValueError, match=message):
-        pipeline.eval_batches(data, batch_size=2)
+        eval_batches(data, batch_size=2)
 
 
 def test_evaluation_at_half_size_counts_half_sizes(data):
     data.resize = 0.5
-    batch = next(pipeline.eval_batches(data, batch_size=2))
+    batch = next(eval_batches(data, batch_size=2))
     assert batch["image"].shape == (2, 16, 16, 3)
     assert batch["size"].tolist() == [[16, 16], [16, 16]]
 
 
 def test_evaluation_is_the_same_with_workers(data):
-    want = list(pipeline.eval_batches(data, batch_size=3, split="train"))
+    want = list(eval_batches(data, batch_size=3, split="train"))
     data.workers = 2
-    with pipeline.eval_batches(data, batch_size=3, split="train") as it:
+    with eval_batches(data, batch_size=3, split="train") as it:
         assert_same(list(it), want)
 
 
@@ -380,7 +390,7 @@ def test_evaluation_is_the_same_with_workers(data):
 def test_a_fault_in_a_worker_reaches_the_caller(data, data_dir, tmp_path):
     shutil.copytree(data_dir / "shapes", tmp_path / "shapes")
     data.data_dir, data.workers = str(tmp_path), 1
-    it = pipeline.train_batches(data, batch_size=4, seed=0)
+    it = train_batches(data, batch_size=4, seed=0)
     it.batch_at.source.records = Damaged()
     with pytest.raises(DataError, match=r"shapes/tiny train, example 'train_0.*damaged record"):
         next(it)
@@ -397,17 +407,18 @@ class Damaged:
 def test_too_little_shared_memory_is_said_at_once(data, monkeypatch):
     data.workers = 2
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(batch_iterator.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match="of shared memory, /dev/shm has 0 MiB free; lower"):
-        pipeline.train_batches(data, batch_size=4, seed=0)
+        train_batches(data, batch_size=4, seed=0)
 
 
 SCRIPT = """
 import sys, time
-from dilaff_jax.data import config, pipeline
+from dilaff_jax.data import data_config, datasets, pipeline
 if __name__ == "__main__":
-    data = config.default(dataset="shapes/tiny", data_dir=sys.argv[1], workers=2, crop_size=(24, 28))
-    it = pipeline.train_batches(data, batch_size=4, seed=1)
+    data = data_config.default(dataset="shapes/tiny", data_dir=sys.argv[1], workers=2, crop_size=(24, 28))
+    source = datasets.load(data, "train")
+    it = pipeline.train_batches(data, source, batch_size=4, seed=1)
     for _ in range(4):  # from both workers
         next(it)
     print("ready", flush=True)

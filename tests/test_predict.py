@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import dilaff_jax
-from dilaff_jax import clips, commands, predict, prediction_files, predictor, propagate, resize
+from dilaff_jax import commands, predict_files, predictor, propagate, resize, video, writer
 from dilaff_jax.data import images
 from tests import data_files
 from tests import tiny_run as runs
@@ -30,7 +30,7 @@ def picture(height, width, seed=0):
 
 
 def options(output, **changes):
-    return prediction_files.Options(output, **changes)
+    return writer.Options(output, **changes)
 
 
 def labels_at(path):
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 def predicted(model, folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     asked = options(out, propagation="both", probs=True, edges=True)
-    return out, predict.predict(model, folder, asked)
+    return out, predict_files.predict(model, folder, asked)
 
 
 def test_a_folder_gives_index_maps_of_the_original_size_under_the_same_names(
@@ -102,7 +102,7 @@ def test_exif_rotation_is_applied(model, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     source = data_files.save(picture(48, 40, 1), tmp_path / "phone.png", exif=exif)
-    predict.predict(model, source, options(tmp_path / "out"))
+    predict_files.predict(model, source, options(tmp_path / "out"))
     upright = np.rot90(picture(48, 40, 1), -1)
     found = labels_at(tmp_path / "out" / "labels" / "phone.png")
     np.testing.assert_array_equal(found, model(np.ascontiguousarray(upright)).labels)
@@ -174,14 +174,14 @@ def film(path, frames=7, size=(40, 48)):
 def test_a_video_gives_an_index_map_a_frame_and_an_overlay_video(model, tmp_path):
     (tmp_path / "in").mkdir()
     film(tmp_path / "in" / "clip.avi")
-    summary = predict.predict(model, tmp_path / "in", options(tmp_path / "out"))
+    summary = predict_files.predict(model, tmp_path / "in", options(tmp_path / "out"))
     assert summary.images == 7
     files = sorted((tmp_path / "out" / "labels" / "clip").iterdir())
     assert [f.name for f in files] == [f"{i:06d}.png" for i in range(7)]
-    frames = list(clips.Video(tmp_path / "in" / "clip.avi"))
+    frames = list(video.Video(tmp_path / "in" / "clip.avi"))
     for file, frame in zip(files, frames, strict=True):
         np.testing.assert_array_equal(labels_at(file), model(frame).labels)
-    shown = clips.Video(tmp_path / "out" / "overlays" / "clip.mp4")
+    shown = video.Video(tmp_path / "out" / "overlays" / "clip.mp4")
     assert shown.rate == 12
     pictures = list(shown)
     assert len(pictures) == 7
@@ -192,8 +192,8 @@ def test_a_video_gives_an_index_map_a_frame_and_an_overlay_video(model, tmp_path
 def test_a_clip_in_chunks_is_refined_as_the_whole_clip(tiny_run):
     model = dilaff_jax.load(tiny_run, refine={"name": "signed", "steps": 1})
     frames = [np.roll(picture(32, 32), 3 * i, axis=1) for i in range(6)]
-    whole = [r.probs for r in clips.propagate_in_time(model, iter(frames), chunk=100)]
-    parts = [r.probs for r in clips.propagate_in_time(model, iter(frames), chunk=2)]
+    whole = [r.probs for r in video.propagate_in_time(model, iter(frames), chunk=100)]
+    parts = [r.probs for r in video.propagate_in_time(model, iter(frames), chunk=2)]
     assert len(parts) == len(whole) == 6
     np.testing.assert_allclose(parts, whole, atol=1e-5)
     single = np.stack([model(f).probs for f in frames])
@@ -203,12 +203,12 @@ def test_a_clip_in_chunks_is_refined_as_the_whole_clip(tiny_run):
 def test_time_joins_cells_of_one_colour_and_no_others():
     colors = np.zeros((2, 3, 4, 3), np.float32)
     colors[1, :, 2:] = 100
-    offsets = clips.between_frames()
+    offsets = video.between_frames()
     forward = [tuple(o) for o in offsets.tolist()].index((1, 0, 0))
     assert len(offsets) == 18
-    walk = clips.cross_logits(colors, offsets, {"name": "random_walk"})[0, 1, :, forward]
+    walk = video.cross_logits(colors, offsets, {"name": "random_walk"})[0, 1, :, forward]
     np.testing.assert_allclose(1 / (1 + np.exp(-walk)), [0.9, 0.9, 0, 0], atol=1e-5)
-    signed = clips.cross_logits(colors, offsets, {"name": "signed"})[0, 1, :, forward]
+    signed = video.cross_logits(colors, offsets, {"name": "signed"})[0, 1, :, forward]
     np.testing.assert_allclose(signed, [np.log(9), np.log(9), 0, 0], atol=1e-5)
 
 
@@ -216,7 +216,7 @@ def test_without_colour_in_common_time_changes_nothing(tiny_run):
     """Every frame then is refined on its own, as images are."""
     model = dilaff_jax.load(tiny_run, refine={"name": "signed", "steps": 1, "bias": -0.5})
     frames = [np.full((32, 32, 3), 50 * i, np.uint8) for i in range(6)]
-    together = list(clips.propagate_in_time(model, iter(frames)))
+    together = list(video.propagate_in_time(model, iter(frames)))
     for result, frame in zip(together, frames, strict=True):
         np.testing.assert_allclose(result.probs, model(frame).probs, atol=1e-5)
 
@@ -228,9 +228,9 @@ def test_nothing_is_written_where_inputs_lie(model, tmp_path):
     source = data_files.save(picture(40, 48), tmp_path / "labels" / "a.png")
     before = source.read_bytes()
     with pytest.raises(ValueError, match="where output goes; give another folder"):
-        predict.predict(model, tmp_path / "labels", options(tmp_path))
+        predict_files.predict(model, tmp_path / "labels", options(tmp_path))
     with pytest.raises(ValueError, match="input and output are both"):
-        predict.predict(model, tmp_path, options(tmp_path))
+        predict_files.predict(model, tmp_path, options(tmp_path))
     assert source.read_bytes() == before
     assert [p.name for p in tmp_path.rglob("*")] == ["labels", "a.png"]
 
@@ -238,7 +238,7 @@ def test_nothing_is_written_where_inputs_lie(model, tmp_path):
 def test_the_output_folder_inside_the_input_is_not_taken_for_input(model, tmp_path):
     data_files.save(picture(40, 48), tmp_path / "a.png")
     for _ in range(2):
-        assert predict.predict(model, tmp_path, options(tmp_path / "out")).images == 1
+        assert predict_files.predict(model, tmp_path, options(tmp_path / "out")).images == 1
 
 
 @pytest.mark.parametrize(
@@ -253,23 +253,25 @@ def test_a_model_without_affinities_refuses_what_needs_them(
     tiny_plain_run, folder, tmp_path, changes, message
 ):
     with pytest.raises(ValueError, match=message):
-        predict.predict(dilaff_jax.load(tiny_plain_run), folder, options(tmp_path, **changes))
+        predict_files.predict(dilaff_jax.load(tiny_plain_run), folder, options(tmp_path, **changes))
 
 
 def test_temporal_propagation_without_a_video_or_without_propagation_is_refused(
     model, folder, tmp_path
 ):
     with pytest.raises(ValueError, match="holds no video"):
-        predict.predict(model, folder, options(tmp_path, temporal=True))
+        predict_files.predict(model, folder, options(tmp_path, temporal=True))
     with pytest.raises(ValueError, match="propagation='without'"):
-        predict.predict(model, folder, options(tmp_path, temporal=True, propagation="without"))
+        predict_files.predict(
+            model, folder, options(tmp_path, temporal=True, propagation="without")
+        )
 
 
 def test_an_input_that_is_not_there_or_empty_is_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; give an image"):
-        predict.predict(model, tmp_path / "no", options(tmp_path / "out"))
+        predict_files.predict(model, tmp_path / "no", options(tmp_path / "out"))
     with pytest.raises(ValueError, match="holds no image or video; known are"):
-        predict.predict(model, tmp_path, options(tmp_path / "out"))
+        predict_files.predict(model, tmp_path, options(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -6,8 +6,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dilaff_jax import chips, footprint, hlo, preflight
-from dilaff_jax.footprint import Footprint
+from dilaff_jax.preflight import chips, footprint, hlo, run
+from dilaff_jax.preflight.footprint import Footprint
 from tests import tiny_config
 
 needs_libtpu = pytest.mark.skipif(
@@ -101,7 +101,7 @@ def test_the_search_finds_the_largest_batch_in_few_compilations(limit, start, un
         tried.append(rows)
         return Footprint(rows, 5.0 + 5 * rows, limit)
 
-    found = preflight.largest(need, need(start), unit)
+    found = run.largest(need, need(start), unit)
     assert len(tried) == len(set(tried)) <= 8
     low, high = (f and f.rows for f in found)
     if fits is None:
@@ -118,7 +118,7 @@ def test_the_search_survives_memory_that_is_no_line():
     def need(rows):
         return Footprint(rows, min(40 + 9 * rows, 80 + 2 * rows + rows % 3), 150.0)
 
-    fits, fails = preflight.largest(need, need(1))
+    fits, fails = run.largest(need, need(1))
     assert fits.rows <= 34 < fails.rows <= fits.rows + 2
 
 
@@ -158,22 +158,22 @@ def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
 def test_this_machines_devices_share_its_memory():
     found = chips.devices("auto")
     assert found == jax.local_devices()
-    assert preflight._limit(chips.of(found[0]), found) * len(found) == chips.of(found[0]).memory
+    assert run._limit(chips.of(found[0]), found) * len(found) == chips.of(found[0]).memory
 
 
 def test_an_unprepared_data_set_of_unknown_classes_is_refused(tmp_path):
     config = tiny_config.get_config()
     config.data.update({"dataset": "image_folder/none", "data_dir": str(tmp_path)})
     with pytest.raises(ValueError, match="not prepared"):
-        preflight.run(config, tmp_path, "auto")
+        run.run(config, tmp_path, "auto")
     config.data.dataset = "camvid"
-    assert preflight._classes_and_size(config, 0) == (11, (32, 32))
+    assert run._classes_and_size(config, 0) == (11, (32, 32))
 
 
 def test_propagation_is_measured_on_this_machine(tmp_path):
     config = tiny_config.get_config()
-    devices = preflight.Devices("shard_map", compile_for=jax.local_devices())
-    programs = preflight.Programs(config, 5, (32, 32), devices)
+    devices = run.Devices("shard_map", compile_for=jax.local_devices())
+    programs = run.Programs(config, 5, (32, 32), devices)
     found = footprint.measure("propagation", programs.propagation, 2, None)
     logits, edges, labels = 2 * 4 * 4 * 5 * 4, 2 * 8 * 8 * 16 * 4, 2 * 32 * 32 * 4
     assert found.arguments == logits + edges
@@ -209,7 +209,7 @@ def test_the_compiler_says_how_much_memory_a_chip_has(name, count, chip, gib):
 def test_a_run_is_compiled_for_a_slice_that_is_not_there(tmp_path, capsys):
     config = tiny_config.get_config()
     config.data.data_dir = str(tmp_path / "none")
-    report = preflight.run(config, tmp_path, "v5e:2x2", search=False)
+    report = run.run(config, tmp_path, "v5e:2x2", search=False)
     assert report == json.loads((tmp_path / "preflight.json").read_text())
     assert report["devices"] == 4
     step, evaluation, refinement = report["programs"].values()
@@ -230,6 +230,6 @@ def test_a_run_is_compiled_for_a_slice_that_is_not_there(tmp_path, capsys):
 
 
 def _parameters(config: ml_collections.ConfigDict) -> int:
-    devices = preflight.Devices("shard_map")
-    state = preflight.Programs(config, 5, (32, 32), devices)._state
+    devices = run.Devices("shard_map")
+    state = run.Programs(config, 5, (32, 32), devices)._state
     return sum(x.size for x in jax.tree.leaves(state.params))

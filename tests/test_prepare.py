@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dilaff_jax.data import config, contact_sheet, datasets, prepare, shapes
+from dilaff_jax.data import contact_sheet, data_config, datasets, prepare, shapes
 from dilaff_jax.data.images import DataError
 from tests.data_files import classes_map, image_folder, picture, save, tiny_shapes
 
@@ -39,7 +39,7 @@ def prepare_folder(tmp_path, **kwargs):
 
 
 def load(data_dir, dataset="image_folder/x", split="train"):
-    return datasets.load(config.default(dataset=dataset, data_dir=str(data_dir)), split)
+    return datasets.load(data_config.default(dataset=dataset, data_dir=str(data_dir)), split)
 
 
 # The command line.

@@ -8,10 +8,9 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from dilaff_jax import report
-from dilaff_jax.ablation import arms, outputs, run
-from dilaff_jax.report import __main__ as command
-from dilaff_jax.report import content, diagram
+from dilaff_jax.ablation import arms, network_outputs, report, run
+from dilaff_jax.ablation.report import __main__ as command
+from dilaff_jax.ablation.report import content, diagram
 from tests import data_files, planted
 from tests.test_ablate import make_config
 
@@ -33,7 +32,7 @@ def ablation(tmp_path_factory):
             "pamr": {"steps": (1,)},
         }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "compute", planted.compute)
+        patch.setattr(network_outputs, "compute", planted.compute)
         patch.setattr(arms, "train_all", lambda *_: None)
         run.ablate(config, folder / "run")
     return folder / "run"

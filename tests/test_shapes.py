@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dilaff_jax.data import config, datasets, prepare, shapes
+from dilaff_jax.data import data_config, datasets, prepare, shapes
 from dilaff_jax.data.shapes import BAR, CHECKS, CLASSES, DISC, DOTS, POLYGON, RING, STRIPES
 
 
@@ -101,7 +101,7 @@ def test_splits_and_seeds_share_no_image(tmp_path):
     for seed in (0, 1):
         options = shapes.ShapesOptions(size=32, train=6, validation=6, test=6, generator_seed=seed)
         prepare.prepare(f"shapes/s{seed}", tmp_path, options=options)
-        data = config.default(dataset=f"shapes/s{seed}", data_dir=str(tmp_path))
+        data = data_config.default(dataset=f"shapes/s{seed}", data_dir=str(tmp_path))
         for split in ("train", "validation", "test"):
             source = datasets.load(data, split)
             for i in range(len(source)):
@@ -116,7 +116,7 @@ def test_preparing_twice_gives_the_same_records(tmp_path):
     for name in ("one", "two"):
         prepare.prepare("shapes", tmp_path / name, options=options)
     one, two = (
-        datasets.load(config.default(data_dir=str(tmp_path / name)), "train")
+        datasets.load(data_config.default(data_dir=str(tmp_path / name)), "train")
         for name in ("one", "two")
     )
     assert one.names == two.names

@@ -39,4 +39,4 @@ except SystemExit:
 
 
 def test_reporting_leaves_tensorboard_and_torch_to_training():
-    assert not imported("import dilaff_jax.reporting") & {"tensorboardX", "torch"}
+    assert not imported("import dilaff_jax.runtime.reporting") & {"tensorboardX", "torch"}

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from configs import default
-from dilaff_jax import affinity, losses, optim, parallel, resize, step
+from dilaff_jax import affinity, losses, optim, resize, step
 from dilaff_jax.models import segmenter
+from dilaff_jax.objective import Objective
+from dilaff_jax.runtime import parallel
 from tests import tiny
 
 CLASSES = 4
@@ -80,7 +82,7 @@ def test_the_parts_of_every_loss_add_over_devices(loss):
     config.loss.affinity_loss = {"loss_max_pooling": "max_pooling"}.get(loss, loss)
     config.loss.aaf = 0.1
     config.loss.refined = 0.5
-    objective = step.Objective(config, make(config)[0])
+    objective = Objective(config, make(config)[0])
     rng = np.random.default_rng(0)
     sizes = {
         "logits": (4, 4, CLASSES),

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from dilaff_jax import affinity, locks, train
-from dilaff_jax.ablation import agreement, arms, candidates, outputs, study
+from dilaff_jax import affinity, train
+from dilaff_jax.ablation import agreement, arms, config_study, network_outputs, operators
+from dilaff_jax.runtime import locks
 from tests import planted, test_ablate
 
 data_dir = test_ablate.data_dir
@@ -26,15 +27,15 @@ def whole(data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("study")
     config = make_config(data_dir)
     config.num_steps = 2
-    seen, compute = [], outputs.compute
+    seen, compute = [], network_outputs.compute
 
     def spy(run_, split):
         seen.append(split)
         return compute(run_, split)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "compute", spy)
-        found = study.study(config, workdir)
+        patch.setattr(network_outputs, "compute", spy)
+        found = config_study.study(config, workdir)
     return {"found": found, "workdir": workdir, "splits": set(seen), "config": config}
 
 
@@ -89,7 +90,7 @@ def test_the_plain_figures_of_the_baseline_are_those_of_its_evaluation(whole):
 )
 def test_a_change_that_cannot_be_is_refused_by_name(changes, message, data_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
-        study.study(make_config(data_dir, **changes), tmp_path)
+        config_study.study(make_config(data_dir, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -101,8 +102,8 @@ def test_pairs_are_counted_as_loops_count_them(data_dir, tmp_path):
     run = arms.Run("joint", 0, config, tmp_path)
     found, bias = planted.compute(run, "validation"), np.array([-1.0, 0.5])
     expected = np.zeros((2, 2, 2, 2), int)
-    labels = outputs.padded_labels(found, np.arange(len(found)), len(found))
-    coarse = np.asarray(affinity.downsample_labels(labels, found.edges.shape[1:3]))
+    labels = network_outputs.padded_labels(found, np.arange(len(found)), len(found))
+    coarse = np.asarray(affinity.downsample_labels(labels, found.affinity_logits.shape[1:3]))
     classes = found.logits.argmax(-1)
     for n, k in np.ndindex(len(found), len(found.offsets)):
         dy, dx = found.offsets[k]
@@ -113,7 +114,7 @@ def test_pairs_are_counted_as_loops_count_them(data_dir, tmp_path):
                 continue
             same = coarse[n, y, x] == coarse[n, y2, x2]
             says = classes[n, y, x] == classes[n, y2, x2]
-            head = found.edges[n, y, x, k] > bias[k // 8]
+            head = found.affinity_logits[n, y, x, k] > bias[k // 8]
             expected[k // 8, int(same), int(says == same), int(head == same)] += 1
     assert (agreement.count(found, bias, 2) == expected).all()
 
@@ -123,7 +124,7 @@ def test_dilations_are_counted_in_the_order_of_the_channels(data_dir, tmp_path):
     found, bias = planted.compute(run, "validation"), np.array([-1.0, 0.5])
     swapped = dataclasses.replace(
         found,
-        edges=np.roll(found.edges, 8, axis=-1),
+        affinity_logits=np.roll(found.affinity_logits, 8, axis=-1),
         offsets=affinity.offsets(planted.DILATIONS[::-1]),
     )
     expected = agreement.count(found, bias, 2)[::-1]
@@ -175,12 +176,12 @@ def test_a_run_that_another_process_trains_is_left_to_it(data_dir, tmp_path, mon
     assert other.stdout.readline() == b"held\n"
     trained = []
 
-    def train_one(run_config, workdir, *_):
-        trained.append(workdir.parent.name)
+    def train_one(run, *_):
+        trained.append(run.workdir.parent.name)
         if len(trained) == 1:
             other.kill()  # dies without having trained it
 
-    monkeypatch.setattr(train, "_train_and_evaluate", train_one)
+    monkeypatch.setattr(train, "_train", train_one)
     arms.train_all(todo)
     other.wait()
     assert trained == ["joint", "baseline"]
@@ -216,6 +217,6 @@ def test_a_disk_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
 
 
 def test_a_studys_grid_has_the_operator_that_was_trained_through(whole):
-    configured = study._candidate(whole["config"].refine)
-    assert configured not in candidates.grid(whole["config"].ablate.grid.to_dict())
+    configured = config_study._candidate(whole["config"].refine)
+    assert configured not in operators.grid(whole["config"].ablate.grid.to_dict())
     assert configured.operator == "signed"

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from dilaff_jax import checkpoint, evaluate, metrics, parallel, record, step, train
+from dilaff_jax import evaluate, metrics, train
 from dilaff_jax.data import datasets, prepare
 from dilaff_jax.models import segmenter
+from dilaff_jax.report import run_summary
+from dilaff_jax.runtime import checkpoint, parallel
 from tests import data_files
 from tests.running import (
     assert_bit_identical,
@@ -61,7 +63,7 @@ def test_a_run_leaves_metrics_checkpoints_results_and_pictures(unbroken):
 def test_a_run_is_recorded_with_what_made_it(unbroken, tmp_path, capsys):
     workdir, results = unbroken
     file = tmp_path / "results" / "run.json"
-    assert record.main([str(workdir), str(file)]) == 0
+    assert run_summary.main([str(workdir), str(file)]) == 0
     kept = json.loads(file.read_text())
     assert kept["config"]["seed"] == 0
     assert [start["step"] for start in kept["starts"]] == [0]
@@ -74,7 +76,7 @@ def test_a_run_is_recorded_with_what_made_it(unbroken, tmp_path, capsys):
 
 def test_no_record_without_an_evaluation(tmp_path):
     with pytest.raises(SystemExit, match="holds no evaluation"):
-        record.main([str(tmp_path), str(tmp_path / "run.json")])
+        run_summary.main([str(tmp_path), str(tmp_path / "run.json")])
 
 
 def test_evaluating_again_gives_what_the_run_saw(unbroken, data_dir, capsys):
@@ -203,7 +205,9 @@ def trained(unbroken, data_dir):
     """Model and variables to evaluate."""
     config = make_config(data_dir)
     source = datasets.load(config.data, "validation")
-    model = segmenter.build(step.model_config(config), source.num_classes, axis_name=parallel.AXIS)
+    model = segmenter.build(
+        segmenter.config_of_run(config), source.num_classes, axis_name=parallel.AXIS
+    )
     like = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
     )

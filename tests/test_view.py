@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import dilaff_jax
-from dilaff_jax import looking, view
+from dilaff_jax import visualize
+from dilaff_jax.serving import view_page, view_state
 from tests import data_files
 from tests import tiny_run as runs
 
@@ -28,7 +29,7 @@ TRUTH = data_files.classes_map(40, 48)
 @pytest.fixture(scope="module")
 def viewer(tiny_run):
     model = dilaff_jax.load(tiny_run)
-    return looking.Viewer(model, ["one"], lambda i: looking.Picture("one", IMAGE, TRUTH))
+    return view_state.Viewer(model, ["one"], lambda i: view_state.Picture("one", IMAGE, TRUTH))
 
 
 def test_the_page_begins_with_the_refinement_of_the_run(viewer, tiny_run):
@@ -38,10 +39,10 @@ def test_the_page_begins_with_the_refinement_of_the_run(viewer, tiny_run):
 
 
 def test_sliders_change_the_refinement(viewer):
-    settings = looking.dataclasses.replace(viewer.initial(), operator="identity")
+    settings = view_state.dataclasses.replace(viewer.initial(), operator="identity")
     result = viewer.result(settings)
     np.testing.assert_array_equal(result.labels, result.plain)
-    walk = looking.dataclasses.replace(settings, operator="random_walk", sharpness=4.0, steps=2)
+    walk = view_state.dataclasses.replace(settings, operator="random_walk", sharpness=4.0, steps=2)
     assert walk.refinement() == {"name": "random_walk", "steps": 2, "sharpness": 4.0, "bias": 0.0}
     assert np.mean(viewer.result(walk).labels != result.plain) > 0
 
@@ -49,7 +50,7 @@ def test_sliders_change_the_refinement(viewer):
 def test_every_layer_is_a_picture_of_the_image_size(viewer):
     pictures = {}
     for layer in viewer.layers:
-        settings = looking.dataclasses.replace(viewer.initial(), layer=layer, opacity=1.0)
+        settings = view_state.dataclasses.replace(viewer.initial(), layer=layer, opacity=1.0)
         pictures[layer], text = viewer.render(settings)
         assert pictures[layer].shape == (40, 48, 3)
         assert "right before" in text
@@ -59,7 +60,7 @@ def test_every_layer_is_a_picture_of_the_image_size(viewer):
     result = viewer.result(viewer.initial())
     np.testing.assert_array_equal(pictures["after"], runs.COLORS[result.labels])
     better = (result.labels == TRUTH) & (result.plain != TRUTH)
-    shown = (pictures["changes"] == looking.FATES["wrong → right"]).all(axis=-1)
+    shown = (pictures["changes"] == visualize.CHANGES["wrong → right"]).all(axis=-1)
     np.testing.assert_array_equal(shown, better)
 
 
@@ -73,19 +74,19 @@ def test_the_weights_of_a_pixel_are_its_cells_affinities_inside_the_image(viewer
     )
     left = next(w for w in found if w.offset == (0, -2))
     assert (left.x, left.y) == (4 * 9.5, 4 * 3.5)
-    shifted = looking.dataclasses.replace(viewer.initial(), bias=2.0)
+    shifted = view_state.dataclasses.replace(viewer.initial(), bias=2.0)
     np.testing.assert_allclose(
         [w.affinity for w in viewer.weights(shifted, 45, 14)],
         jax.nn.sigmoid(result.affinity_logits[3, 11, inside] - 2),
         atol=1e-6,
     )
     assert viewer.weights(viewer.initial(), x=-1, y=3) == []
-    assert view.table(found).count("<table>") == 2
+    assert view_page.table(found).count("<table>") == 2
 
 
 def test_a_model_without_affinities_shows_what_there_is(tiny_plain_run):
     model = dilaff_jax.load(tiny_plain_run)
-    plain = looking.Viewer(model, ["one"], lambda i: looking.Picture("one", IMAGE, None))
+    plain = view_state.Viewer(model, ["one"], lambda i: view_state.Picture("one", IMAGE, None))
     assert plain.layers == ["image", "truth", "before"]
     assert plain.initial().layer == "before"
     assert plain.render(plain.initial())[1] == "0.0% of the pixels changed"
@@ -168,4 +169,4 @@ def test_a_visitor_browses_moves_a_slider_and_clicks_a_pixel(tiny_run, tmp_path)
 def test_without_the_library_the_message_says_how_to_get_it(viewer, monkeypatch):
     monkeypatch.setitem(sys.modules, "nicegui", None)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[view\]'"):
-        view.serve(viewer)
+        view_page.serve(viewer)

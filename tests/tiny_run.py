@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dilaff_jax import checkpoint, network, optim, parallel, step, train
+from dilaff_jax import optim, step, train
 from dilaff_jax.models import segmenter
+from dilaff_jax.runtime import checkpoint, parallel
+from dilaff_jax.serving import network
 from tests import tiny_config
 
 NAMES = ("ground", "tree", "car")
@@ -23,7 +25,7 @@ def write(workdir, **changes):
             config.model[key] = value
     if config.model.affinity is None:
         config.loss.affinity = 0.0
-    model = segmenter.build(step.model_config(config), len(NAMES), axis_name=parallel.AXIS)
+    model = segmenter.build(segmenter.config_of_run(config), len(NAMES), axis_name=parallel.AXIS)
     tx, _ = optim.optimiser(config.optim, config.num_steps)
     state = jax.jit(step.TrainStep(config, model, len(NAMES), tx).init, static_argnums=0)(
         (1, 32, 32, 3)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dilaff_jax import affinity, propagate, resize
-from dilaff_jax.ablation import outputs as outputs_lib
-from dilaff_jax.ablation.outputs import Outputs
+from dilaff_jax.ablation import network_outputs
+from dilaff_jax.ablation.network_outputs import Outputs
 
 # Of the last two axes of the counts: 0 for wrong, 1 for right.
 AXES = ("dilation", "one class", "segmentation right", "head right")
@@ -31,15 +31,15 @@ def count(outputs: Outputs, bias: np.ndarray, rows: int) -> np.ndarray:
         bias: `[D]`.
         rows: images at a time.
     """
-    assert outputs.edges is not None
+    assert outputs.affinity_logits is not None
     assert outputs.offsets is not None
     offsets = tuple(map(tuple, outputs.offsets.tolist()))
     limits = propagate.per_offset(bias, outputs.offsets)
     total: Any = 0
     for batch in outputs.batches(rows):
-        labels = outputs_lib.padded_labels(outputs, batch.indices, rows)
+        labels = network_outputs.padded_labels(outputs, batch.indices, rows)
         total = total + np.asarray(
-            _count(batch.logits, batch.edges, labels, limits, offsets), np.int64
+            _count(batch.logits, batch.affinity_logits, labels, limits, offsets), np.int64
         )
     return total
 
@@ -55,16 +55,16 @@ def figures(counts: np.ndarray, dilations: Sequence[int]) -> dict[str, float]:
     """
     kinds = counts.sum(axis=(2, 3), keepdims=True)
     shares = np.divide(counts, kinds, out=np.zeros(counts.shape), where=kinds > 0).sum(axis=1)
-    found = {}
+    shares_of = {}
     for d, table in zip(dilations, shares, strict=True):
         sides = np.prod([*table.sum(axis=0), *table.sum(axis=1)])
         wrong, right = table
-        found[f"d{d}/phi"] = _divide(np.linalg.det(table), np.sqrt(sides))
-        found[f"d{d}/mendable"] = _divide(wrong[1], wrong.sum())
-        found[f"d{d}/spoilable"] = _divide(right[0], right.sum())
+        shares_of[f"d{d}/phi"] = _divide(np.linalg.det(table), np.sqrt(sides))
+        shares_of[f"d{d}/mendable"] = _divide(wrong[1], wrong.sum())
+        shares_of[f"d{d}/spoilable"] = _divide(right[0], right.sum())
     for name in ("phi", "mendable", "spoilable"):
-        found[f"mean/{name}"] = float(np.mean([found[f"d{d}/{name}"] for d in dilations]))
-    return found
+        shares_of[f"mean/{name}"] = float(np.mean([shares_of[f"d{d}/{name}"] for d in dilations]))
+    return shares_of
 
 
 def _divide(part: Any, whole: Any) -> float:
@@ -74,17 +74,17 @@ def _divide(part: Any, whole: Any) -> float:
 @functools.partial(jax.jit, static_argnames=("offsets",))
 def _count(
     logits: jax.Array,
-    edges: jax.Array,
+    affinity_logits: jax.Array,
     labels: jax.Array,
     limits: jax.Array,
     offsets: tuple[tuple[int, ...], ...],
 ) -> jax.Array:
-    rows, grid = np.array(offsets), edges.shape[1:3]
+    rows, grid = np.array(offsets), affinity_logits.shape[1:3]
     target, valid = affinity.targets(affinity.downsample_labels(labels, grid), rows)
     classes = jnp.argmax(resize.bilinear(logits, grid), axis=-1).astype(jnp.int32)
     joined, _ = affinity.targets(classes, rows)
-    right = joined == target, (edges.astype(jnp.float32) > limits) == target
-    dilations = len(np.unique(affinity.dilation_of(rows)))
+    right = joined == target, (affinity_logits.astype(jnp.float32) > limits) == target
+    dilations = len(affinity.distinct_dilations(rows))
     # By place, not by size: figures name dilations in the order of the channels.
     number = np.repeat(np.arange(dilations), len(rows) // dilations)
     cell = ((2 * number + target) * 2 + right[0]) * 2 + right[1]

@@ -15,9 +15,9 @@ import ml_collections
 from absl import logging
 from tqdm import tqdm
 
-from dilaff_jax import checkpoint, initialise, locks, optim, step, train
-from dilaff_jax.data import config as data_config
-from dilaff_jax.models import segmenter
+from dilaff_jax import schema, settings, train
+from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import checkpoint, files, locks
 
 # Parts of a config that do not decide which weights a run ends with.
 FREE = (
@@ -26,6 +26,8 @@ FREE = (
     *("data.data_dir", "data.eval_split", "data.eval_size"),
     *("data.workers", "data.prefetch", "data.cache"),
 )
+# Sections of a config that decide which weights a run ends with.
+_DECIDING = ("data", "model", "loss", "optim", "init")
 # These decide nothing either where no loss trains an affinity head.
 OF_THE_HEAD = (
     *("model.affinity", "loss.affinity_loss", "loss.affinity_options"),
@@ -92,7 +94,7 @@ def train_all(todo: Sequence[Run], training: Callable[[bool], None] = lambda _: 
         training: is told when a run begins (True) and ends.
 
     Raises:
-        ValueError: a run's folder holds a run with another config.
+        UserError: a run's folder holds a run with another config.
         Preempted: as `train.train_and_evaluate`.
     """
     for run in todo:
@@ -132,26 +134,27 @@ def _train(run: Run, clock: "Clock", todo: Sequence[Run], training: Callable[[bo
 
 
 def check_folder(run: Run) -> None:
-    """Raises ValueError if `run.workdir` was trained with a config that gives other weights."""
+    """Raises UserError if `run.workdir` was trained with a config that gives other weights."""
     path = run.workdir / "config.json"
     if not path.exists():
         return
-    found, wanted = deciding(json.loads(path.read_text())), deciding(as_json(run.config))
+    trained, wanted = deciding(json.loads(path.read_text())), deciding(as_json(run.config))
     # What a run was trained before was at its default then: every option defaults to what was.
     defaults = _defaults()
-    found |= {k: defaults[k] for k in wanted.keys() & defaults.keys() - found.keys()}
-    unknown = sorted(wanted.keys() - found.keys())
+    trained |= {k: defaults[k] for k in wanted.keys() & defaults.keys() - trained.keys()}
+    unknown = sorted(wanted.keys() - trained.keys())
     if unknown:
         logging.warning(
             "%s was trained before there was %s; taken to be as in this config", path, unknown
         )
-    differing = [k for k in sorted(found) if k in wanted and found[k] != wanted[k]]
-    differing += sorted(found.keys() - wanted.keys())
+    differing = [k for k in sorted(trained) if k in wanted and trained[k] != wanted[k]]
+    differing += sorted(trained.keys() - wanted.keys())
     if differing:
         lines = [
-            f"  {k}: found {found[k]!r}, wanted {wanted.get(k, 'no such key')!r}" for k in differing
+            f"  {k}: found {trained[k]!r}, wanted {wanted.get(k, 'no such key')!r}"
+            for k in differing
         ]
-        raise ValueError(
+        raise UserError(
             f"{run.workdir} holds a run with another config:\n" + "\n".join(lines) + "\nuse the "
             "config it was trained with, move it away, or use another workdir"
         )
@@ -175,13 +178,7 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     """{dotted key: default} of the parts that decide a run's weights, as `deciding` has them."""
-    parts = {
-        "data": data_config.default(),
-        "model": segmenter.default_config(),
-        "loss": step.default_config(),
-        "optim": optim.default_config(),
-        "init": initialise.default_config(),
-    }
+    parts = {name: schema.defaults(settings.SECTIONS[name]) for name in _DECIDING}
     return _flat(as_json(ml_collections.ConfigDict(parts)))
 
 
@@ -207,10 +204,7 @@ class Clock:
     def add(self, run: Run, seconds: float) -> None:
         """Adds the time of one call."""
         path = run.workdir / "seconds.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.seconds.get(str(run), 0.0) + seconds) + "\n")
-        part.replace(path)
+        files.write_text(path, json.dumps(self.seconds.get(str(run), 0.0) + seconds) + "\n")
 
     def left(self, todo: Sequence[Run]) -> str:
         """Such as "about 35 min left"; from the mean over what was trained, by arm if it can."""

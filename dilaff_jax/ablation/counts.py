@@ -12,9 +12,7 @@ import cv2
 import numpy as np
 
 from dilaff_jax import metrics
-from dilaff_jax.affinity import IGNORE_LABEL
-
-WIDTHS = (1, 2, 4, 8, 16, 32)
+from dilaff_jax.labels import IGNORE_LABEL
 
 
 def of_image(
@@ -26,9 +24,11 @@ def of_image(
     boundary_iou `[C, 2]`; boundary_f `[4]` and boundary_f_class `[C, 2]`, see `metrics.BoundaryF`.
     """
     f = metrics.boundary_f(pred, truth, num_classes, tolerance)
-    bands = metrics.trimap(pred, truth, num_classes, WIDTHS)
+    bands = metrics.trimap(pred, truth, num_classes)
     return {
-        "regions": _sides(confusion(pred, truth, num_classes)).astype(np.int32),
+        "regions": _sides(
+            metrics.host_confusion(pred, truth, num_classes, truth != IGNORE_LABEL)
+        ).astype(np.int32),
         "trimaps": np.stack([_sides(band) for band in bands]).astype(np.int32),
         "boundary_iou": metrics.boundary_iou(pred, truth, num_classes).astype(np.int32),
         "boundary_f": f.pixels.astype(np.int32),
@@ -40,15 +40,8 @@ def changes(
     before: np.ndarray, after: np.ndarray, truth: np.ndarray, num_classes: int
 ) -> dict[str, np.ndarray]:
     """by_distance `[R, 5]` and by_class `[C, 5]`, see `metrics.Transitions`."""
-    found = metrics.transitions(before, after, truth, num_classes)
-    return {k: v.astype(np.int32) for k, v in found._asdict().items()}
-
-
-def confusion(pred: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
-    """As `metrics.confusion`, on the host: int64 `[C, C]`."""
-    labelled = truth != IGNORE_LABEL
-    cell = truth[labelled].astype(np.int64) * num_classes + pred[labelled]
-    return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
+    transitions = metrics.transitions(before, after, truth, num_classes)
+    return {k: v.astype(np.int32) for k, v in transitions._asdict().items()}
 
 
 def _sides(confusion: np.ndarray) -> np.ndarray:
@@ -78,21 +71,12 @@ class Truth:
         A hundred times as fast as the trees of `metrics.boundary_f`, as the truth's distances are
         known and whole pixels within the tolerance form a disc.
         """
-        found = _boundary(pred)
-        near = cv2.dilate(found.astype(np.uint8), self._disc).astype(bool)
-        counted = found & self._labelled
+        boundary = metrics.boundary_pixels(pred)
+        near = cv2.dilate(boundary.astype(np.uint8), self._disc).astype(bool)
+        counted = boundary & self._labelled
         pairs = (counted, counted & self._near, self._boundary, self._boundary & near)
-        return confusion(pred, self._label, self._num_classes), np.array([p.sum() for p in pairs])
-
-
-def _boundary(labels: np.ndarray) -> np.ndarray:
-    """Where a neighbour along an axis has another class, bool; as `metrics.boundary_f` has it."""
-    found = np.zeros(labels.shape, bool)
-    for here, there in (np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1]):
-        differs = labels[here] != labels[there]
-        found[here] |= differs
-        found[there] |= differs
-    return found
+        confusion = metrics.host_confusion(pred, self._label, self._num_classes, self._labelled)
+        return confusion, np.array([p.sum() for p in pairs])
 
 
 @functools.cache
@@ -121,56 +105,35 @@ def figures(
     regions, f = total["regions"], total["boundary_f"]
     ious = _ious(regions)
     right, true = regions[..., 0], regions[..., 1]
-    precision, recall = _divide(f[:, 1], f[:, 0]), _divide(f[:, 3], f[:, 2])
+    precision, recall = metrics.divide(f[:, 1], f[:, 0]), metrics.divide(f[:, 3], f[:, 2])
     per_class = total["boundary_f_class"]
-    found = {
-        "miou": _mean(ious),
-        "pixel_accuracy": _divide(right.sum(axis=1), true.sum(axis=1)),
-        "mean_accuracy": _mean(_divide(right, true)),
-        "boundary_iou": _mean(_divide(*np.moveaxis(total["boundary_iou"], -1, 0))),
-        "boundary_f": f_score(f),
+    values = {
+        "miou": metrics.mean(ious),
+        "pixel_accuracy": metrics.divide(right.sum(axis=1), true.sum(axis=1)),
+        "mean_accuracy": metrics.mean(metrics.divide(right, true)),
+        "boundary_iou": metrics.mean(metrics.divide(*np.moveaxis(total["boundary_iou"], -1, 0))),
+        "boundary_f": metrics.f_score(f),
         "boundary_precision": precision,
         "boundary_recall": recall,
-        "boundary_f_class": _mean(_divide(*np.moveaxis(per_class, -1, 0))),
+        "boundary_f_class": metrics.mean(metrics.divide(*np.moveaxis(per_class, -1, 0))),
     }
-    bands = _mean(_ious(total["trimaps"]))
-    found |= {f"trimap_miou/{width}": bands[:, i] for i, width in enumerate(WIDTHS)}
-    return found | {f"iou/{name}": ious[:, c] for c, name in enumerate(class_names)}
+    bands = metrics.mean(_ious(total["trimaps"]))
+    values |= {f"trimap_miou/{width}": bands[:, i] for i, width in enumerate(metrics.WIDTHS)}
+    return values | {f"iou/{name}": ious[:, c] for c, name in enumerate(class_names)}
 
 
 def quick_figures(confusion: np.ndarray, pixels: np.ndarray) -> dict[str, float]:
     """MIoU and boundary F of sums of `Truth.count`."""
     return {
-        "miou": float(_mean(_ious(_sides(confusion)))),
-        "boundary_f": float(f_score(pixels.astype(np.float64))),
+        "miou": float(metrics.mean(_ious(_sides(confusion)))),
+        "boundary_f": float(metrics.f_score(pixels.astype(np.float64))),
     }
 
 
 def per_image_miou(counts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Mean IoU within each image over the classes that are in it or predicted, `[N]`."""
-    return _mean(_ious(counts["regions"].astype(np.float64)))
-
-
-def f_score(pixels: np.ndarray) -> np.ndarray:
-    """F of the counts `[..., 4]`; 0 if nothing matches, NaN without boundary on either side."""
-    predicted, hit, true, recalled = np.moveaxis(pixels, -1, 0)
-    precision, recall = _divide(hit, predicted), _divide(recalled, true)
-    f = np.nan_to_num(_divide(2 * precision * recall, precision + recall))
-    return np.where((predicted > 0) | (true > 0), f, np.nan)
+    return metrics.mean(_ious(counts["regions"].astype(np.float64)))
 
 
 def _ious(sides: np.ndarray) -> np.ndarray:
-    right, true, predicted = np.moveaxis(sides, -1, 0)
-    return _divide(right, true + predicted - right)
-
-
-def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(
-        part, whole, out=np.full(np.shape(whole), np.nan), where=np.nan_to_num(whole) > 0
-    )
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Over the last axis, of what is not NaN."""
-    known = ~np.isnan(values)
-    return _divide(np.where(known, values, 0).sum(axis=-1), known.sum(axis=-1))
+    return metrics.ious(*np.moveaxis(sides, -1, 0))

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dilaff_jax.ablation import candidates as candidates_lib
-from dilaff_jax.ablation import colour, counts, kept
-from dilaff_jax.ablation import outputs as outputs_lib
-from dilaff_jax.ablation.candidates import Candidate
-from dilaff_jax.ablation.config import RIVALS
-from dilaff_jax.ablation.outputs import Outputs
+from dilaff_jax.ablation import baseline_outputs, cache, counts, network_outputs, operators
+from dilaff_jax.ablation.ablate_config import RIVALS
+from dilaff_jax.ablation.network_outputs import Outputs
+from dilaff_jax.ablation.operators import Candidate
 from dilaff_jax.ablation.selection import Selected
 
 TITLES = {
@@ -38,38 +36,40 @@ class Variant:
 
 def variants(arms: Sequence[str], selected: Mapping[str, Selected]) -> list[Variant]:
     """The arms, then each rival on the logits of the baseline and of the joint networks."""
-    found = []
+    reported = []
     for arm in TITLES:
         if arm in arms:
             after = selected["refined"].chosen if arm == "refined" else None
             trained = "joint" if arm == "refined" else arm
-            found.append(Variant(arm, TITLES[arm], trained, after))
+            reported.append(Variant(arm, TITLES[arm], trained, after))
     for arm in ("baseline", "joint"):
         for rival in RIVALS:
             name = f"{arm}+{rival}"
             if name in selected:
                 title = f"{TITLES[arm]} + {RIVAL_TITLES[rival]}"
-                found.append(Variant(name, title, arm, selected[name].chosen))
-    return found
+                reported.append(Variant(name, title, arm, selected[name].chosen))
+    return reported
 
 
-def pairs(found: Sequence[Variant]) -> list[tuple[Variant, Variant]]:
+def pairs(reported: Sequence[Variant]) -> list[tuple[Variant, Variant]]:
     """Which differences are reported: (variant, what is taken away)."""
-    names = {v.name: v for v in found}
+    names = {v.name: v for v in reported}
     wanted = [("joint", "baseline"), ("refined", "joint"), ("refined", "baseline")]
     wanted += [("aaf", "baseline"), ("refined", "aaf")]
-    rivals = [v for v in found if "+" in v.name]
+    rivals = [v for v in reported if "+" in v.name]
     wanted += [(v.name, v.arm) for v in rivals] + [("refined", v.name) for v in rivals]
     return [(names[a], names[b]) for a, b in wanted if a in names and b in names]
 
 
 def plain_maps(outputs: Outputs, rows: int) -> list[np.ndarray]:
     """The unrefined classes of every image, uint8 `[h, w]`."""
-    found = []
+    label_maps = []
     for batch in outputs.batches(rows):
-        maps = np.asarray(outputs_lib.plain_labels(batch.logits, outputs.size))
-        found += [outputs.cut(map_, int(i)) for i, map_ in zip(batch.indices, maps, strict=False)]
-    return found
+        maps = np.asarray(network_outputs.plain_labels(batch.logits, outputs.size))
+        label_maps += [
+            outputs.cut(map_, int(i)) for i, map_ in zip(batch.indices, maps, strict=False)
+        ]
+    return label_maps
 
 
 def maps_after(
@@ -77,16 +77,16 @@ def maps_after(
     after: Candidate,
     bias: np.ndarray | None,
     rows: int,
-    executor: colour.Pool,
+    executor: baseline_outputs.Pool,
     indices: np.ndarray | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields each image's index and classes after a candidate, uint8 `[h, w]`."""
     every = np.arange(len(outputs)) if indices is None else indices
     if bias is None:
-        yield from colour.refined_labels(outputs, after, every, executor)
+        yield from baseline_outputs.refined_labels(outputs, after, every, executor)
         return
-    for found, maps in candidates_lib.refined_labels(outputs, [after], bias, rows, every):
-        for index, map_ in zip(found, maps[0], strict=True):
+    for batch_indices, maps in operators.refined_labels(outputs, [after], bias, rows, every):
+        for index, map_ in zip(batch_indices, maps[0], strict=True):
             yield int(index), outputs.cut(map_, int(index))
 
 
@@ -97,7 +97,7 @@ def count(
     plain: Sequence[np.ndarray],
     maps: Iterable[tuple[int, np.ndarray]],
     tolerance: float,
-) -> kept.Arrays:
+) -> cache.Arrays:
     """Counts of every image `[N, ...]`; with what changed, if something comes after the network.
 
     Args:
@@ -113,22 +113,22 @@ def count(
     def one(pair: tuple[int, np.ndarray]) -> tuple[int, dict[str, np.ndarray]]:
         index, map_ = pair
         truth = outputs.source[index]["label"]
-        found = counts.of_image(map_, truth, classes, tolerance)
+        of_image = counts.of_image(map_, truth, classes, tolerance)
         if variant.after is not None:
-            found |= counts.changes(plain[index], map_, truth, classes)
-        return index, found
+            of_image |= counts.changes(plain[index], map_, truth, classes)
+        return index, of_image
 
-    def make() -> kept.Arrays:
-        found: dict[int, dict[str, np.ndarray]] = {}
+    def make() -> cache.Arrays:
+        by_index: dict[int, dict[str, np.ndarray]] = {}
         bar = tqdm(total=len(outputs), desc=f"counts of {variant.title}", leave=False)
         left = iter(maps)
         with bar, concurrent.futures.ThreadPoolExecutor() as threads:
             # Part by part: a pool would take all maps into memory at once.
             while part := list(itertools.islice(left, 16)):
-                found |= dict(threads.map(one, part))
+                by_index |= dict(threads.map(one, part))
                 bar.update(len(part))
-        ordered = [found[i] for i in range(len(outputs))]
+        ordered = [by_index[i] for i in range(len(outputs))]
         return {k: np.stack([x[k] for x in ordered]) for k in ordered[0]}
 
     depends = {"outputs": outputs.about, "tolerance": tolerance, **about}
-    return kept.arrays(outputs.folder / f"counts-{variant.name}.npz", depends, make)
+    return cache.arrays(outputs.folder / f"counts-{variant.name}.npz", depends, make)

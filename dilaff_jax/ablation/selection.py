@@ -8,10 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dilaff_jax import metrics
-from dilaff_jax.ablation import candidates as candidates_lib
-from dilaff_jax.ablation import colour, counts, kept
-from dilaff_jax.ablation.candidates import Candidate
-from dilaff_jax.ablation.outputs import Outputs
+from dilaff_jax.ablation import baseline_outputs, cache, counts, operators
+from dilaff_jax.ablation.network_outputs import Outputs
+from dilaff_jax.ablation.operators import Candidate
 
 Scores = dict[str, dict[str, float]]
 FIGURES = ("miou", "boundary_f")
@@ -73,9 +72,9 @@ def fit_bias(outputs: Outputs, rows: int) -> np.ndarray:
     """The bias per dilation `[D]` that calibrates the head on this split."""
 
     def fit() -> list[float]:
-        return metrics.fit_bias(candidates_lib.edge_histograms(outputs, rows)["head"]).tolist()
+        return metrics.fit_bias(operators.edge_histograms(outputs, rows)["head"]).tolist()
 
-    return np.array(kept.figures(outputs.folder / "bias.json", outputs.about, fit))
+    return np.array(cache.figures(outputs.folder / "bias.json", outputs.about, fit))
 
 
 def sweep(
@@ -85,13 +84,13 @@ def sweep(
     about = {"outputs": outputs.about, "bias": bias.tolist(), "tolerance": tolerance}
 
     def run(group: Sequence[Candidate]) -> Iterable[tuple[Candidate, int, np.ndarray]]:
-        labels = candidates_lib.refined_labels(outputs, group, bias, rows)
+        labels = operators.refined_labels(outputs, group, bias, rows)
         for indices, maps in labels:
             for candidate, of_candidate in zip(group, maps, strict=True):
                 for index, map_ in zip(indices, of_candidate, strict=True):
                     yield candidate, int(index), outputs.cut(map_, int(index))
 
-    groups = candidates_lib.groups(grid)
+    groups = operators.groups(grid)
     every = np.arange(len(outputs))
     return _sweep(outputs, "propagation", about, groups, run, every, tolerance)
 
@@ -102,14 +101,16 @@ def sweep_rival(
     grid: Sequence[Candidate],
     indices: np.ndarray,
     tolerance: float,
-    executor: colour.Pool,
+    executor: baseline_outputs.Pool,
 ) -> Scores:
     """The same of a rival, on some images of the split."""
     about = {"outputs": outputs.about, "images": indices.tolist(), "tolerance": tolerance}
 
     def run(group: Sequence[Candidate]) -> Iterable[tuple[Candidate, int, np.ndarray]]:
         for candidate in group:
-            for index, map_ in colour.refined_labels(outputs, candidate, indices, executor):
+            for index, map_ in baseline_outputs.refined_labels(
+                outputs, candidate, indices, executor
+            ):
                 yield candidate, index, map_
 
     groups = [[candidate] for candidate in grid]
@@ -120,13 +121,13 @@ def plain_scores(
     outputs: Outputs, maps: Sequence[np.ndarray], tolerance: float
 ) -> dict[str, float]:
     """MIoU and boundary F of the maps of `scoring.plain_maps`."""
-    found = [
+    counted = [
         counts.Truth(example["label"], outputs.source.num_classes, tolerance).count(map_)
         for example, map_ in zip(
             map(outputs.source.__getitem__, range(len(maps))), maps, strict=True
         )
     ]
-    return counts.quick_figures(*metrics.add(*found))
+    return counts.quick_figures(*metrics.add(*counted))
 
 
 def some_images(outputs: Outputs, limit: int) -> np.ndarray:
@@ -146,7 +147,7 @@ def _sweep(
 ) -> Scores:
     """Scores what is not scored yet, and keeps the scores group by group."""
     path = outputs.folder / f"scores-{name}.json"
-    scores: Scores = kept.read(path, about) or {}
+    scores: Scores = cache.read(path, about) or {}
     todo = [left for g in groups if (left := [c for c in g if c.key not in scores])]
     if not todo:
         return scores
@@ -159,11 +160,11 @@ def _sweep(
         for group in todo:
             sums: dict[Candidate, Any] = {}
             for candidate, index, map_ in run(group):
-                found = truths[index].count(map_)
+                counted = truths[index].count(map_)
                 sums[candidate] = metrics.add(
-                    found, *([sums[candidate]] if candidate in sums else [])
+                    counted, *([sums[candidate]] if candidate in sums else [])
                 )
                 bar.update()
-            scores |= {c.key: counts.quick_figures(*found) for c, found in sums.items()}
-            kept.write(path, about, scores)
+            scores |= {c.key: counts.quick_figures(*counted) for c, counted in sums.items()}
+            cache.write(path, about, scores)
     return scores

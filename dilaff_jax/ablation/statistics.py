@@ -36,8 +36,8 @@ def seed_interval(differences: Sequence[float]) -> list[float] | None:
 
 def paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """The difference of two of `spread`'s results, seed by seed, with its interval over seeds."""
-    found = [a - b for a, b in zip(one["values"], other["values"], strict=True)]
-    return spread(found) | {"over_seeds": seed_interval(found)}
+    differences = [a - b for a, b in zip(one["values"], other["values"], strict=True)]
+    return spread(differences) | {"over_seeds": seed_interval(differences)}
 
 
 def draws(images: int, resamples: int, seed: int = 0) -> np.ndarray:

@@ -2,24 +2,23 @@
 
 import datetime
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dilaff_jax import metrics, timing
-from dilaff_jax.ablation import arms, candidates, counts, scoring, statistics
+from dilaff_jax import affinity, metrics
+from dilaff_jax.ablation import arms, counts, scoring, statistics
+from dilaff_jax.ablation.analysis import Study
 from dilaff_jax.data import datasets
 from dilaff_jax.metrics.transitions import DISTANCES
-
-if TYPE_CHECKING:
-    from dilaff_jax.ablation.run import Study
+from dilaff_jax.runtime import provenance
 
 FORMAT = 1
 RELIABILITY_BINS = 15
 
 
 def make(
-    study: "Study", costs: dict[str, Any], drawn: list[dict[str, Any]], seconds: float
+    study: Study, costs: dict[str, Any], drawn: list[dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
     """Assembles the content of `ablation.json`; NaN becomes None.
 
@@ -35,7 +34,7 @@ def make(
         "format": FORMAT,
         "title": config.data.dataset,
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "provenance": timing.provenance("flax", "numpy", "scipy"),
+        "provenance": provenance.provenance("flax", "numpy", "scipy"),
         "seconds": {"training": spent.seconds, "analysis": seconds},
         "config": arms.as_json(config),
         "seeds": list(config.ablate.seeds),
@@ -49,7 +48,7 @@ def make(
         "selection": _selection(study),
         "variants": {v.name: _variant(study, v) for v in study.variants},
         "differences": _differences(study),
-        "affinity": _affinity(study) if study.edges else None,
+        "affinity": _affinity(study) if study.edge_histograms else None,
         "transitions": {v.name: _transitions(study, v) for v in study.variants if v.after},
         "per_image": _per_image(study),
         "cost": costs,
@@ -71,7 +70,7 @@ def rounded(tree: Any) -> Any:
     return tree
 
 
-def _splits(study: "Study") -> dict[str, Any]:
+def _splits(study: Study) -> dict[str, Any]:
     config = study.config
     names = {
         "train": config.data.train_split,
@@ -79,31 +78,31 @@ def _splits(study: "Study") -> dict[str, Any]:
         "report": config.ablate.report_split,
     }
     sources = {key: datasets.load(config.data, name) for key, name in names.items()}
-    found = {
+    splits = {
         key: {"split": names[key], "title": source.title, "images": len(source)}
         for key, source in sources.items()
     }
-    found["train"]["hold_out"] = list(config.data.hold_out)
-    found["report"]["size"] = [int(x) for x in np.max(sources["report"].sizes, axis=0)]
-    return found
+    splits["train"]["hold_out"] = list(config.data.hold_out)
+    splits["report"]["size"] = [int(x) for x in np.max(sources["report"].sizes, axis=0)]
+    return splits
 
 
-def _selection(study: "Study") -> dict[str, Any]:
+def _selection(study: Study) -> dict[str, Any]:
     return {
         "criterion": study.config.ablate.criterion,
         "bias": [b.tolist() for b in study.bias],
         "missing": study.missing,
-        "choices": {name: found.as_json() for name, found in study.selected.items()},
+        "choices": {name: choice.as_json() for name, choice in study.selected.items()},
     }
 
 
-def _by_seed(study: "Study", variant: scoring.Variant) -> list[dict[str, float]]:
+def _by_seed(study: Study, variant: scoring.Variant) -> list[dict[str, float]]:
     names = study.source.class_names
-    found = [counts.figures(c, names) for c in study.counts[variant.name]]
-    return [{k: float(v[0]) for k, v in f.items()} for f in found]
+    seeds = [counts.figures(c, names) for c in study.counts[variant.name]]
+    return [{k: float(v[0]) for k, v in f.items()} for f in seeds]
 
 
-def _variant(study: "Study", variant: scoring.Variant) -> dict[str, Any]:
+def _variant(study: Study, variant: scoring.Variant) -> dict[str, Any]:
     seeds = _by_seed(study, variant)
     figures = {k: statistics.spread([s[k] for s in seeds]) for k in seeds[0]}
     # A class that no image has is undefined for every seed, and is left out.
@@ -115,7 +114,7 @@ def _variant(study: "Study", variant: scoring.Variant) -> dict[str, Any]:
     }
 
 
-def _differences(study: "Study") -> list[dict[str, Any]]:
+def _differences(study: Study) -> list[dict[str, Any]]:
     """Paired by seed; intervals over seeds and, seeds held fixed, over images."""
     names = study.source.class_names
     weights = statistics.draws(len(study.source), study.config.ablate.resamples)
@@ -144,15 +143,15 @@ def _differences(study: "Study") -> list[dict[str, Any]]:
     return result
 
 
-def _affinity(study: "Study") -> dict[str, Any]:
+def _affinity(study: Study) -> dict[str, Any]:
     """Class edges per dilation: of the head at its fitted bias, of the segmentation by itself."""
     offsets = study.reported["joint"][0].offsets
     assert offsets is not None
-    dilations = candidates.dilations(offsets)
-    biases = study.bias or [np.zeros(len(dilations))] * len(study.edges)
-    found: dict[str, Any] = {"dilations": dilations, "K": len(offsets)}
-    found["grid"] = list(study.reported["joint"][0].edges.shape[1:3])  # type: ignore[union-attr]
-    zero = [np.zeros(len(dilations))] * len(study.edges)
+    dilations = affinity.distinct_dilations(offsets)
+    biases = study.bias or [np.zeros(len(dilations))] * len(study.edge_histograms)
+    section: dict[str, Any] = {"dilations": dilations, "K": len(offsets)}
+    section["grid"] = list(study.reported["joint"][0].affinity_logits.shape[1:3])  # type: ignore[union-attr]
+    zero = [np.zeros(len(dilations))] * len(study.edge_histograms)
     for name, which, bias in (
         ("head", "head", biases),
         ("head_unbiased", "head", zero),
@@ -160,16 +159,16 @@ def _affinity(study: "Study") -> dict[str, Any]:
     ):
         seeds = [
             metrics.affinity_summary(e[which], dilations, bias=b)
-            for e, b in zip(study.edges, bias, strict=True)
+            for e, b in zip(study.edge_histograms, bias, strict=True)
         ]
         shared = [k for k in seeds[0] if all(k in s for s in seeds)]
-        found[name] = {k: statistics.spread([s[k] for s in seeds]) for k in shared}
-    pooled = metrics.add(*(e["head"] for e in study.edges))
-    found["reliability"] = {
+        section[name] = {k: statistics.spread([s[k] for s in seeds]) for k in shared}
+    pooled = metrics.add(*(e["head"] for e in study.edge_histograms))
+    section["reliability"] = {
         name: _reliability(pooled, np.mean(bias, axis=0))
         for name, bias in (("fitted", biases), ("none", zero))
     }
-    return found
+    return section
 
 
 def _reliability(histogram: np.ndarray, bias: np.ndarray) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def _reliability(histogram: np.ndarray, bias: np.ndarray) -> dict[str, Any]:
     return {"mean": confidence.tolist(), "share": share.tolist(), "edges": number.tolist()}
 
 
-def _transitions(study: "Study", variant: scoring.Variant) -> dict[str, Any]:
+def _transitions(study: Study, variant: scoring.Variant) -> dict[str, Any]:
     """Shares of pixels by what happened to them, by seed; and by distance and class, pooled."""
     of_seeds = [
         metrics.Transitions(c["by_distance"].sum(axis=0), c["by_class"].sum(axis=0))
@@ -196,7 +195,7 @@ def _transitions(study: "Study", variant: scoring.Variant) -> dict[str, Any]:
     }
 
 
-def _per_image(study: "Study") -> dict[str, Any] | None:
+def _per_image(study: Study) -> dict[str, Any] | None:
     """MIoU within each image before and after propagation, and the pixels gained; seeds' means."""
     if "refined" not in study.counts:
         return None
@@ -211,8 +210,8 @@ def _per_image(study: "Study") -> dict[str, Any] | None:
     }
 
 
-def gains(found: dict[str, np.ndarray]) -> np.ndarray:
+def gains(transitions: dict[str, np.ndarray]) -> np.ndarray:
     """Pixels made right minus pixels made wrong, as a share of each image's labelled, `[N]`."""
-    kinds = found["by_class"].sum(axis=1)
+    kinds = transitions["by_class"].sum(axis=1)
     right, wrong = metrics.KINDS.index("wrong_to_right"), metrics.KINDS.index("right_to_wrong")
     return (kinds[:, right] - kinds[:, wrong]) / np.maximum(kinds.sum(axis=1), 1)

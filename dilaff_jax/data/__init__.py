@@ -2,18 +2,19 @@
 
     python -m dilaff_jax.data.prepare --dataset shapes --data_dir data       # once
 
-    from dilaff_jax.data import config, datasets, pipeline
-    data = config.default(dataset="shapes", data_dir="data")     # every key: see data/config.py
-    source = datasets.load(data, "validation")    # len, [i], names, sizes, class_names, colors
-    for batch in pipeline.train_batches(data, batch_size=16, seed=0): ...
-    for batch in pipeline.eval_batches(data, batch_size=16): ...
+    from dilaff_jax.data import data_config, datasets, pipeline
+    data = data_config.default(dataset="shapes", data_dir="data")
+    train = datasets.load(data, "train")          # len, [i], names, sizes, class_names, colors
+    validation = datasets.load(data, "validation")
+    for batch in pipeline.train_batches(data, train, batch_size=16, seed=0): ...
+    for batch in pipeline.eval_batches(data, validation, batch_size=16): ...
 
 What lies where:
-    config.py         every key of `config.data`, its default and its check
+    data_config.py    every key of `config.data`: default, rule and meaning
     datasets.py       `load`: a prepared data set as a random-access source
     augment.py        joint augmentation of image and label (OpenCV)
     pipeline.py       what is in a batch: order, shards, randomness, padding
-    batches.py        iterators: workers, saved position, prefetch to the device
+    batch_iterator.py iterators: workers, saved position, prefetch to the device
     prepare.py        the command that checks strangers' files and writes ArrayRecord
     contact_sheet.py  pictures of images with their labels
     builder.py        what every data set shares; images.py, folders.py: reading strangers' files

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from dilaff_jax.data.images import IGNORE_LABEL
+from dilaff_jax.labels import IGNORE_LABEL
 
 _TRIES = 10  # mmsegmentation's number of crops tried for cat_max_ratio
 

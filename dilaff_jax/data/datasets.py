@@ -15,10 +15,10 @@ from absl import logging
 from tqdm import tqdm
 
 import dilaff_jax.data
-from dilaff_jax.data import config as data_config
-from dilaff_jax.data import images
+from dilaff_jax.data import data_config, images
 from dilaff_jax.data.builder import SegmentationBuilder
 from dilaff_jax.data.images import DataError
+from dilaff_jax.errors import UserError
 
 
 def names() -> list[str]:
@@ -33,10 +33,10 @@ def builder_class(name: str) -> type[SegmentationBuilder]:
     """The `Builder` of the module `dilaff_jax.data.NAME`.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        UserError: there is none; the message lists those there are.
     """
     if name not in names():
-        raise ValueError(f"no data set {name!r}; available: {', '.join(names())}")
+        raise UserError(f"no data set {name!r}; available: {', '.join(names())}")
     return importlib.import_module(f"dilaff_jax.data.{name}").Builder
 
 
@@ -138,7 +138,7 @@ def load(config: Any, split: str) -> Source:
         The split as a Source, in the order of names.
 
     Raises:
-        ValueError: wrong config, unknown data set or split, not prepared, nothing left after
+        UserError: wrong config, unknown data set or split, not prepared, nothing left after
             `hold_out`, or more pictures than fit in memory with `cache`.
     """
     data_config.check(config)
@@ -179,7 +179,7 @@ def _open(config: Any, builder: type[SegmentationBuilder]) -> Any:
         name, _, config_name = config.dataset.partition("/")
         others = sorted(str(p.parent) for p in where.parent.parent.rglob("dataset_info.json"))
         options = f" --name {config_name}" if config_name and not builder.config_name else ""
-        raise ValueError(
+        raise UserError(
             f"data set {config.dataset!r} is not prepared in {where}"
             + (f" (found: {', '.join(others[:5])})" if others else "")
             + f"; run: python -m dilaff_jax.data.prepare --dataset {name}{options}"
@@ -203,18 +203,18 @@ def _read_split(
     for part in parts:
         if part not in available:
             shown = {stored_name: own for own, stored_name in builder.stored_splits.items()}
-            raise ValueError(
+            raise UserError(
                 f"{title}: no split {part!r}; available: "
                 f"{', '.join(shown.get(s, s) for s in available)}, several joined by +, or "
                 "'held_out' (the examples that hold_out takes from train_split)"
             )
     if len(set(parts)) != len(parts):
-        raise ValueError(f"{title}: a split is named twice")
+        raise UserError(f"{title}: a split is named twice")
     skip = {key: tfds.decode.SkipDecoding() for key in (builder.image_key, builder.label_key)}
     try:
         records = stored.as_data_source("+".join(parts), decoders=skip)
     except NotImplementedError as e:
-        raise ValueError(
+        raise UserError(
             f"{stored.data_dir}: stored as {stored.info.file_format}; this project reads "
             "file_format='array_record': prepare it again"
         ) from e
@@ -228,22 +228,22 @@ def _index(
     described = (stored.info.metadata or {}).get("splits", {})
     if not all(own.get(part, part) in described for part in parts):
         return _scan(builder, records, title)
-    found = [described[own.get(part, part)] for part in parts]
+    parts_described = [described[own.get(part, part)] for part in parts]
     return _Index(
-        names=[name for split in found for name in split["names"]],
-        sizes=np.concatenate([np.array(split["sizes"]) for split in found]),
-        class_pixels=np.sum([split["class_pixels"] for split in found], axis=0),
+        names=[name for split in parts_described for name in split["names"]],
+        sizes=np.concatenate([np.array(split["sizes"]) for split in parts_described]),
+        class_pixels=np.sum([split["class_pixels"] for split in parts_described], axis=0),
     )
 
 
 def _scan(builder: type[SegmentationBuilder], records: Any, title: str) -> _Index:
     """Names and sizes of a data set that tfds itself prepared, from the headers of its images."""
-    found, sizes = [], []
+    names, sizes = [], []
     for number, record in enumerate(tqdm(records, desc=f"{title}: sizes", unit="image")):
         name = record[builder.name_key].decode() if builder.name_key else f"{number:06d}"
-        found.append(name)
+        names.append(name)
         sizes.append(images.encoded_size(record[builder.image_key]))
-    return _Index(found, np.array(sizes), None)
+    return _Index(names, np.array(sizes), None)
 
 
 def _classes(stored: Any, builder: type[SegmentationBuilder]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -253,11 +253,11 @@ def _classes(stored: Any, builder: type[SegmentationBuilder]) -> tuple[tuple[str
     return tuple(class_names), np.array(colors, np.uint8)
 
 
-def _check_hold_out(config: Any, found: Sequence[str], keep: np.ndarray, split: str) -> None:
-    unused = [p for p in config.hold_out if not any(name.startswith(p) for name in found)]
+def _check_hold_out(config: Any, names: Sequence[str], keep: np.ndarray, split: str) -> None:
+    unused = [p for p in config.hold_out if not any(name.startswith(p) for name in names)]
     if unused or not len(keep):
-        first = ", ".join(sorted({name.split("_")[0] for name in found})[:8])
-        raise ValueError(
+        first = ", ".join(sorted({name.split("_")[0] for name in names})[:8])
+        raise UserError(
             f"config.data.hold_out={tuple(config.hold_out)} leaves {len(keep)} examples for "
             f"{split!r}" + (f", and no name starts with {unused}" if unused else "") + "; names in "
             f"{config.train_split!r} start with {first}"
@@ -272,7 +272,7 @@ def _memory() -> int:
 def _check_cache(source: Source, config: Any) -> None:
     needed = 4 * int(source.sizes.prod(axis=1).sum()) * max(1, config.workers)
     if source.cache and needed > 0.7 * _memory():
-        raise ValueError(
+        raise UserError(
             f"config.data.cache=True needs {needed / 2**30:.1f} GiB for {source.title} with "
             f"workers={config.workers}, this machine has {_memory() / 2**30:.1f} GiB; turn it "
             "off, lower workers or lower resize"

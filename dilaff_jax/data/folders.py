@@ -46,7 +46,7 @@ def image_files(root: pathlib.Path, directory: pathlib.Path) -> dict[str, pathli
     Hidden files and other file types are passed over. Raises DataError for two images of one name
     (`a.jpg` and `a.png`), and for links that leave `root`.
     """
-    found: dict[str, pathlib.Path] = {}
+    by_name: dict[str, pathlib.Path] = {}
     visited: set[pathlib.Path] = set()
     for parent, folders, files in os.walk(inside(root, directory), followlinks=True):
         real = inside(root, pathlib.Path(parent)).resolve()
@@ -59,10 +59,10 @@ def image_files(root: pathlib.Path, directory: pathlib.Path) -> dict[str, pathli
             if file.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
                 continue
             name = path.relative_to(directory).with_suffix("").as_posix()
-            if name in found:
-                raise DataError(f"{path} and {found[name]} have one name; remove or rename one")
-            found[name] = inside(root, path)
-    return dict(sorted(found.items()))
+            if name in by_name:
+                raise DataError(f"{path} and {by_name[name]} have one name; remove or rename one")
+            by_name[name] = inside(root, path)
+    return dict(sorted(by_name.items()))
 
 
 def pair_up(
@@ -87,9 +87,11 @@ def pair_up(
     Raises:
         DataError: no image at all, or images without a mask (the first five are named).
     """
-    found = image_files(root, images)
+    by_name = image_files(root, images)
     masks = image_files(root, labels)
-    names = {n.removesuffix(image_suffix): f for n, f in found.items() if n.endswith(image_suffix)}
+    names = {
+        n.removesuffix(image_suffix): f for n, f in by_name.items() if n.endswith(image_suffix)
+    }
     if not names:
         raise DataError(f"{images}: no images named *{image_suffix}{list(IMAGE_SUFFIXES)}")
     missing = [n for n in names if n + label_suffix not in masks]

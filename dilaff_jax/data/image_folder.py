@@ -25,7 +25,8 @@ from typing import Any
 
 from dilaff_jax.data import builder, folders, images
 from dilaff_jax.data.folders import Pair
-from dilaff_jax.data.images import IGNORE_LABEL, DataError
+from dilaff_jax.data.images import DataError
+from dilaff_jax.labels import IGNORE_LABEL
 
 _IGNORE = "ignore"
 

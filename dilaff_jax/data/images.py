@@ -14,14 +14,15 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-IGNORE_LABEL = 255
+from dilaff_jax.errors import UserError
+
 _ORIENTATION = 0x0112  # EXIF tag
 _PLAIN_FORMATS = ("JPEG", "MPO", "PNG")  # MPO: a phone's JPEG with a second picture behind it
 _GREY_MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I;16N", "I")
 _IMAGE_MODES = (*_GREY_MODES, "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A file that cannot be used; the message names it, what was found and what to change."""
 
 
@@ -162,8 +163,10 @@ def _label_of_colors(
         )
     rgb = np.asarray(picture.convert("RGB")).astype(np.int32)
     code = (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
-    found, inverse = np.unique(code, return_inverse=True)
-    values = [colors.get(int(c), UNKNOWN_COLOR + int(c) if other is None else other) for c in found]
+    distinct, inverse = np.unique(code, return_inverse=True)
+    values = [
+        colors.get(int(c), UNKNOWN_COLOR + int(c) if other is None else other) for c in distinct
+    ]
     return np.asarray(values, np.int32)[inverse].reshape(code.shape)
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dilaff_jax.errors import UserError
+
 MOST = 64 * 2**20  # bytes; SBD's label maps have at most 500 x 500
 _MOST_AXES = 32
 
@@ -37,11 +39,11 @@ def read_field(data: bytes, variable: str, field: str) -> np.ndarray:
     """The numeric array VARIABLE.FIELD, of a 1 x 1 struct.
 
     Raises:
-        ValueError: no such file, variable or field; it is damaged; it takes more than `MOST` bytes.
+        UserError: no such file, variable or field; it is damaged; it takes more than `MOST` bytes.
     """
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
     if order is None:
-        raise ValueError("no MATLAB 5 file")
+        raise UserError("no MATLAB 5 file")
     room = MOST
     for code, content in _elements(memoryview(data)[128:], order):
         if code == _COMPRESSED:
@@ -52,7 +54,7 @@ def read_field(data: bytes, variable: str, field: str) -> np.ndarray:
             matrix = _matrix(content, order)
             if matrix.name == variable.encode():
                 return _numbers(_field(matrix, variable, field, order), order)
-    raise ValueError(f"no variable {variable}")
+    raise UserError(f"no variable {variable}")
 
 
 def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
@@ -64,9 +66,9 @@ def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
         if code >> 16:  # a small element keeps up to four bytes in its tag
             code, size, start, step = code & 0xFFFF, code >> 16, at + 4, 8
             if size > 4:
-                raise ValueError(f"a small element of {size} bytes")
+                raise UserError(f"a small element of {size} bytes")
         if start + size > len(data):
-            raise ValueError(f"an element of {size} bytes where {len(data) - start} are left")
+            raise UserError(f"an element of {size} bytes where {len(data) - start} are left")
         yield code, data[start : start + size]
         at += step
 
@@ -76,11 +78,11 @@ def _inflated(content: memoryview, room: int) -> bytes:
     try:
         data = machine.decompress(content, room + 1)
     except zlib.error as e:
-        raise ValueError(str(e)) from e
+        raise UserError(str(e)) from e
     if len(data) > room:
-        raise ValueError(f"it unpacks to more than {MOST} bytes")
+        raise UserError(f"it unpacks to more than {MOST} bytes")
     if not machine.eof:
-        raise ValueError("a compressed variable has no end")
+        raise UserError("a compressed variable has no end")
     return data
 
 
@@ -88,35 +90,35 @@ def _matrix(content: memoryview, order: str) -> _Matrix:
     rest = _elements(content, order)
     flags, shape, name = (next(rest, (0, memoryview(b"")))[1] for _ in range(3))
     if len(flags) != 8 or len(shape) % 4 or len(shape) > 4 * _MOST_AXES:
-        raise ValueError("an array without flags or dimensions")
+        raise UserError("an array without flags or dimensions")
     kind = struct.unpack_from(f"{order}I", flags)[0] & 0xFF
     return _Matrix(kind, struct.unpack(f"{order}{len(shape) // 4}i", shape), bytes(name), rest)
 
 
 def _field(matrix: _Matrix, variable: str, field: str, order: str) -> _Matrix:
     if matrix.kind != _STRUCT or matrix.shape != (1, 1):
-        raise ValueError(f"{variable} is no struct of 1 x 1")
+        raise UserError(f"{variable} is no struct of 1 x 1")
     length, names = (next(matrix.rest, (0, memoryview(b"")))[1] for _ in range(2))
     width = struct.unpack(f"{order}i", length)[0] if len(length) == 4 else 0
     if width < 1:
-        raise ValueError(f"{variable} has no fields")
-    found = (bytes(names[i : i + width]).split(b"\0")[0] for i in range(0, len(names), width))
-    for name, (code, content) in zip(found, matrix.rest, strict=False):
+        raise UserError(f"{variable} has no fields")
+    field_names = (bytes(names[i : i + width]).split(b"\0")[0] for i in range(0, len(names), width))
+    for name, (code, content) in zip(field_names, matrix.rest, strict=False):
         if name == field.encode() and code == _MATRIX:
             return _matrix(content, order)
-    raise ValueError(f"{variable} has no field {field}")
+    raise UserError(f"{variable} has no field {field}")
 
 
 def _numbers(matrix: _Matrix, order: str) -> np.ndarray:
     code, content = next(matrix.rest, (0, memoryview(b"")))
     if matrix.kind not in _CLASSES or code not in _STORED:
-        raise ValueError(f"an array of class {matrix.kind} and type {code}, not of numbers")
+        raise UserError(f"an array of class {matrix.kind} and type {code}, not of numbers")
     values = np.dtype(order + _STORED[code])
     # In Python's own numbers, which do not overflow: the shape is the file's word alone.
     count = 1
     for n in matrix.shape:
         count *= n
     if min(matrix.shape, default=-1) < 0 or count * values.itemsize != len(content):
-        raise ValueError(f"an array of shape {matrix.shape} in {len(content)} bytes")
-    found = np.frombuffer(content, values).reshape(matrix.shape, order="F")
-    return np.ascontiguousarray(found.astype(_CLASSES[matrix.kind]))
+        raise UserError(f"an array of shape {matrix.shape} in {len(content)} bytes")
+    numbers = np.frombuffer(content, values).reshape(matrix.shape, order="F")
+    return np.ascontiguousarray(numbers.astype(_CLASSES[matrix.kind]))

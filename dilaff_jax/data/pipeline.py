@@ -22,7 +22,8 @@ import numpy as np
 
 from dilaff_jax.data import datasets
 from dilaff_jax.data.augment import Augmentation, pad
-from dilaff_jax.data.batches import ENDLESS, Batch, Batches
+from dilaff_jax.data.batch_iterator import ENDLESS, Batch, Batches
+from dilaff_jax.errors import UserError
 
 
 def place(seed: int, position: int, length: int) -> tuple[int, int]:
@@ -139,6 +140,7 @@ class EvalBatchAt:
 
 def train_batches(
     config: Any,
+    source: datasets.Source,
     *,
     batch_size: int,
     seed: int,
@@ -149,7 +151,8 @@ def train_batches(
     """The training stream of this process, shuffled anew every epoch.
 
     Args:
-        config: `config.data`, see `data.config.default`.
+        config: `config.data`.
+        source: Its training split, from `datasets.load`.
         batch_size: Size of the *global* batch, over all processes.
         seed: Seed of order and augmentation.
         num_epochs: End after so many passes; the examples of the last, partial batch are left out.
@@ -162,15 +165,14 @@ def train_batches(
         b = batch_size / process_count.
 
     Raises:
-        ValueError: as `datasets.load`, or a batch size that is no multiple of process_count.
+        UserError: a batch size that is no multiple of process_count.
     """
-    source = datasets.load(config, config.train_split)
     _check_batch(batch_size, process_index, process_count)
     if seed < 0:
-        raise ValueError(f"seed={seed}: want 0 or more")
+        raise UserError(f"seed={seed}: want 0 or more")
     num_batches = ENDLESS if num_epochs is None else num_epochs * len(source) // batch_size
     if num_batches < 1:
-        raise ValueError(
+        raise UserError(
             f"{source.title} has {len(source)} examples: {num_epochs} epochs do not fill one batch "
             f"of {batch_size}; lower the batch size"
         )
@@ -188,18 +190,18 @@ def train_batches(
 
 def eval_batches(
     config: Any,
+    source: datasets.Source,
     *,
     batch_size: int,
-    split: str | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
     """Every example of a split exactly once, in order, in batches of one static shape.
 
     Args:
-        config: `config.data`, see `data.config.default`.
+        config: `config.data`.
+        source: The split to read, from `datasets.load`.
         batch_size: Size of the *global* batch.
-        split: Split to read; `config.eval_split` by default.
         process_index: Which process this is.
         process_count: Of how many; all get equally many batches.
 
@@ -209,10 +211,9 @@ def eval_batches(
         height and width; the rest is `pad_rgb` and 255. Rows with mask False are padding.
 
     Raises:
-        ValueError: as `datasets.load`; a batch size that is no multiple of process_count; an image
+        UserError: a batch size that is no multiple of process_count; an image
             larger than `config.eval_size`.
     """
-    source = datasets.load(config, split or config.eval_split)
     _check_batch(batch_size, process_index, process_count)
     batch_at = EvalBatchAt(
         source,
@@ -222,7 +223,9 @@ def eval_batches(
         process_index,
         process_count,
     )
-    return Batches(batch_at, workers=config.workers, prefetch=config.prefetch)
+    # Workers end with their batches, and what they keep in memory with them.
+    workers = 0 if source.cache else config.workers
+    return Batches(batch_at, workers=workers, prefetch=config.prefetch)
 
 
 def eval_size(config: Any, source: datasets.Source) -> tuple[int, int]:
@@ -231,7 +234,7 @@ def eval_size(config: Any, source: datasets.Source) -> tuple[int, int]:
     It is not rounded up: padding changes predictions next to it, so sets of one size get none.
 
     Raises:
-        ValueError: an image is larger than `config.eval_size`.
+        UserError: an image is larger than `config.eval_size`.
     """
     largest = source.sizes.max(axis=0)
     if config.eval_size is None:
@@ -239,19 +242,19 @@ def eval_size(config: Any, source: datasets.Source) -> tuple[int, int]:
     size = tuple(config.eval_size)
     too_large = np.flatnonzero((source.sizes > np.array(size)).any(axis=1))
     if len(too_large):
-        name, found = source.names[too_large[0]], tuple(map(int, source.sizes[too_large[0]]))
-        raise ValueError(
+        name, its_size = source.names[too_large[0]], tuple(map(int, source.sizes[too_large[0]]))
+        raise UserError(
             f"config.data.eval_size={size} is smaller than {len(too_large)} images of "
-            f"{source.title}, such as {name!r} {found}; want at least {tuple(map(int, largest))}, "
-            "or None, or a smaller config.data.resize"
+            f"{source.title}, such as {name!r} {its_size}; want at least "
+            f"{tuple(map(int, largest))}, or None, or a smaller config.data.resize"
         )
     return size
 
 
 def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is not in 0..{process_count - 1}")
+        raise UserError(f"process_index={process_index} is not in 0..{process_count - 1}")
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"global batch size {batch_size} is no positive multiple of {process_count} processes"
         )

@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dilaff_jax import locks
-from dilaff_jax.data import config as data_config
-from dilaff_jax.data import contact_sheet, datasets
+from dilaff_jax.data import contact_sheet, data_config, datasets
 from dilaff_jax.data.builder import Options, SegmentationBuilder
+from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import locks
 
 _DATASET = flags.DEFINE_string("dataset", None, "Which data set; see --help of each.")
 _SOURCE = flags.DEFINE_string("source", None, "Folder with the data set's files or archives.")
@@ -64,7 +64,7 @@ def prepare(
         The folder of the prepared data set.
 
     Raises:
-        ValueError: unknown data set, missing source, prepared before with other options, or
+        UserError: unknown data set, missing source, prepared before with other options, or
             (DataError) a file that cannot be used. Nothing is left behind.
     """
     name, _, config_name = dataset.partition("/")
@@ -94,13 +94,13 @@ def prepare(
 
 def _check_arguments(cls: type[SegmentationBuilder], config_name: str, source: Any) -> None:
     if cls.config_name and config_name not in ("", cls.config_name):
-        raise ValueError(f"{cls.name} is kept as {cls.name}/{cls.config_name}; leave out --name")
+        raise UserError(f"{cls.name} is kept as {cls.name}/{cls.config_name}; leave out --name")
     if config_name and not config_name.replace("-", "_").isidentifier():
-        raise ValueError(f"--name={config_name!r}: want letters, digits, _ and -, no digit first")
+        raise UserError(f"--name={config_name!r}: want letters, digits, _ and -, no digit first")
     if cls.needs_source and source is None:
-        raise ValueError(f"{cls.name} needs --source, the folder with its files (see --help)")
+        raise UserError(f"{cls.name} needs --source, the folder with its files (see --help)")
     if cls.needs_source and not pathlib.Path(source).is_dir():
-        raise ValueError(f"--source={source}: no such folder")
+        raise UserError(f"--source={source}: no such folder")
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def _alone(root: pathlib.Path) -> Iterator[pathlib.Path]:
     scratch = root / ".scratch"
     with locks.held(root / ".lock") as mine:
         if not mine:
-            raise ValueError(f"{root}: another process is preparing this; wait for it")
+            raise UserError(f"{root}: another process is preparing this; wait for it")
         _remove(scratch)
         try:
             yield scratch
@@ -129,11 +129,11 @@ def _remove(folder: pathlib.Path) -> None:
 
 def _check_same(target: pathlib.Path, options: Options) -> None:
     file = target / "metadata.json"
-    found = json.loads(file.read_text()).get("options", {}) if file.is_file() else {}
+    stored = json.loads(file.read_text()).get("options", {}) if file.is_file() else {}
     wanted = json.loads(json.dumps(dataclasses.asdict(options)))
-    differing = [f"{k}={v!r}, now {wanted[k]!r}" for k, v in found.items() if v != wanted.get(k)]
+    differing = [f"{k}={v!r}, now {wanted[k]!r}" for k, v in stored.items() if v != wanted.get(k)]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{target} was prepared with {'; '.join(differing)}: use --overwrite to replace it, or "
             "--name to keep both"
         )

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from dilaff_jax.data import builder, folders, images
 from dilaff_jax.data.folders import Pair
-from dilaff_jax.data.images import IGNORE_LABEL
+from dilaff_jax.labels import IGNORE_LABEL
 
 CLASSES = tuple(
     """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,

@@ -29,7 +29,8 @@ import cv2
 import numpy as np
 
 from dilaff_jax.data import builder, images
-from dilaff_jax.data.images import IGNORE_LABEL, DataError
+from dilaff_jax.data.images import DataError
+from dilaff_jax.labels import IGNORE_LABEL
 
 CLASSES = ("background", "stripes", "dots", "checks", "bar", "ring", "disc", "polygon")
 BACKGROUND, STRIPES, DOTS, CHECKS, BAR, RING, DISC, POLYGON = range(8)

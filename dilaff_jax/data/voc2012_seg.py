@@ -82,7 +82,7 @@ class Builder(builder.SegmentationBuilder):
         train, val = _names(lists / "train.txt"), _names(lists / "val.txt")
         extra = set(_names(sbd / "train.txt") + _names(sbd / "val.txt")) - set(train) - set(val)
         masks = voc / "SegmentationClass"
-        found = {
+        by_split = {
             "train": [Pair(n, self._jpeg(voc, sbd, n), masks / f"{n}.png") for n in sorted(train)],
             "aug": [
                 Pair(n, self._jpeg(voc, sbd, n), sbd / "cls" / f"{n}.mat") for n in sorted(extra)
@@ -91,14 +91,14 @@ class Builder(builder.SegmentationBuilder):
                 Pair(n, self._jpeg(voc, sbd, n), masks / f"{n}.png") for n in sorted(val)
             ],
         }
-        counts = tuple(map(len, found.values()))
+        counts = tuple(map(len, by_split.values()))
         if counts != tuple(self.options.counts):
             raise DataError(
                 f"{self.source}: train, aug, validation have {counts} examples, not the official "
                 f"{tuple(self.options.counts)}: the archives are incomplete or of another edition; "
                 f"--counts {','.join(map(str, counts))} accepts them as they are"
             )
-        return found
+        return by_split
 
     def _jpeg(self, voc: pathlib.Path, sbd: pathlib.Path, name: str) -> pathlib.Path:
         """The image, from VOC 2012 or else from SBD, which is of VOC 2011."""

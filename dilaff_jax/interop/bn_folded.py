@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dilaff_jax.errors import UserError
 from dilaff_jax.interop import torch_layout
 from dilaff_jax.interop.files import State
 from dilaff_jax.models import layers
-from dilaff_jax.models.batch_norm import BatchNorm
 
 Path = tuple[str, ...]
 
@@ -38,7 +38,7 @@ def unfold(
         A state dict for `torch_layout.from_torch`.
 
     Raises:
-        ValueError: the model has no BatchNorm.
+        UserError: the model has no BatchNorm.
     """
     names = torch_layout.keys(model, variables)
     unfolded = dict(state)
@@ -110,7 +110,7 @@ def mobile_deeplab_keys(state: Mapping[str, np.ndarray]) -> State:
 def _norms(variables: Mapping[str, Any]) -> dict[Path, Path]:
     """Path of each ConvNorm to that of its BatchNorm."""
     if "batch_stats" not in variables:
-        raise ValueError(
+        raise UserError(
             "the model has no BatchNorm to unfold into; folded weights need norm='batch'"
         )
     flat = flax.traverse_util.flatten_dict(dict(variables["batch_stats"]))
@@ -125,14 +125,14 @@ def _epsilon(model: Any, path: Path) -> float:
 def _input_statistics(
     model: nn.Module, variables: Mapping[str, Any], images: jax.Array
 ) -> dict[Path, tuple[jax.Array, jax.Array]]:
-    found: dict[Path, tuple[jax.Array, jax.Array]] = {}
+    statistics: dict[Path, tuple[jax.Array, jax.Array]] = {}
 
     def record(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, BatchNorm):
+        if isinstance(context.module, layers.BATCH_NORMS):
             x = args[0].astype(jnp.float32)
-            found[context.module.path] = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
+            statistics[context.module.path] = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
         return next_method(*args, **kwargs)
 
     with nn.intercept_methods(record):
         model.apply(variables, images, train=False)
-    return found
+    return statistics

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from dilaff_jax.errors import UserError
+
 State = dict[str, np.ndarray]
 
 _TORCH = (".pth", ".pt")
@@ -23,7 +25,7 @@ def read(path: str | pathlib.Path, entry: str | None = None) -> State:
         entry: the key under which a training checkpoint keeps the weights, such as "model".
 
     Raises:
-        ValueError: another suffix; a file that is not what its suffix says, or holds other things
+        UserError: another suffix; a file that is not what its suffix says, or holds other things
             than arrays.
         FileNotFoundError: there is no such file.
     """
@@ -34,16 +36,14 @@ def read(path: str | pathlib.Path, entry: str | None = None) -> State:
         values = _load(path)
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as {path.suffix or 'weights'}: {reason}"
-        ) from error
+        raise UserError(f"{path} cannot be read as {path.suffix or 'weights'}: {reason}") from error
     if entry is not None:
         if not isinstance(values.get(entry), Mapping):
-            raise ValueError(f"{path} has no entry {entry!r}; it holds {_some(values)}")
+            raise UserError(f"{path} has no entry {entry!r}; it holds {_some(values)}")
         values = values[entry]
     other = [k for k, v in values.items() if not hasattr(v, "shape")]
     if other:
-        raise ValueError(
+        raise UserError(
             f"{path} holds {_some(other)}, which are not arrays; where the weights stand under one "
             "of these keys, name it as `entry`"
         )
@@ -80,7 +80,7 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
 
     values = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(values, Mapping):
-        raise ValueError(f"it holds a {type(values).__name__}, not a dict of weights")
+        raise UserError(f"it holds a {type(values).__name__}, not a dict of weights")
     return dict(values)
 
 
@@ -93,7 +93,7 @@ def _array(value: Any) -> np.ndarray:
 
 def _check_suffix(path: pathlib.Path) -> None:
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: suffix is {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: suffix is {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
 
 
 def _some(keys: Any, most: int = 8) -> str:

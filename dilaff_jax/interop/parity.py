@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from dilaff_jax import losses, resize
+from dilaff_jax.errors import UserError
 from dilaff_jax.interop import parity_method, torch_layout, torch_models, torch_reference
 from dilaff_jax.interop.report import FORWARD_BOUND, GRADIENT_BOUND, Row, compare, print_rows
 
@@ -66,12 +67,12 @@ def network_rows(name: str, size: tuple[int, int], batch: int, seed: int) -> lis
 
 
 def _check_complete(model: torch.nn.Module, ours: Result, theirs: Result) -> None:
-    """Raises ValueError where a layer or gradient of torch's would go without comparison."""
+    """Raises UserError where a layer or gradient of torch's would go without comparison."""
     kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.Linear)
     layers = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     left = sorted((layers - set(ours.stages)) | (set(theirs.gradients) ^ set(ours.gradients)))
     if left:
-        raise ValueError(f"these exist on one side only: {left}")
+        raise UserError(f"these exist on one side only: {left}")
 
 
 def _result_rows(mode: str, ours: Result, theirs: Result, blocks: dict[str, str]) -> list[Row]:
@@ -128,9 +129,9 @@ def _labels(rng: np.random.Generator, name: str, batch: int, size: tuple[int, in
 
 
 def _parameter_row(name: str, variables: Mapping[str, Any], theirs: torch.nn.Module) -> Row:
-    found = sum(x.size for x in jax.tree.leaves(variables["params"]))
+    count = sum(x.size for x in jax.tree.leaves(variables["params"]))
     expected = torch_models.PARAMETERS.get(name, sum(p.numel() for p in theirs.parameters()))
-    return compare("parameters", f"{found:,}", found, expected, 0)
+    return compare("parameters", f"{count:,}", count, expected, 0)
 
 
 def _round_trip_row(
@@ -280,9 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.model:
         for size in options.size:
             print(f"{name} at {size[0]}x{size[1]}, batch {options.batch}", flush=True)
-            found = network_rows(name, size, options.batch, options.seed)
-            print_rows(found, options.all)
-            rows += found
+            of_network = network_rows(name, size, options.batch, options.seed)
+            print_rows(of_network, options.all)
+            rows += of_network
             jax.clear_caches()  # compiled networks, of which every one is used once
     failed = sum(not r.passed for r in rows)
     print(f"{len(rows)} comparisons, {failed} beyond their bound")

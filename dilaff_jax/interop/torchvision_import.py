@@ -4,6 +4,8 @@ import importlib
 import types
 from typing import Any
 
+from dilaff_jax.errors import MissingPackageError
+
 _OPERATORS = ("qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
 # Declarations last as long as the library that made them.
 _LIBRARIES: list[Any] = []
@@ -22,7 +24,9 @@ def torchvision() -> types.ModuleType:
     try:
         return importlib.import_module("torchvision")
     except ImportError as error:
-        raise ImportError("this needs the extra: pip install 'dilaff-jax[torch]'") from error
+        raise MissingPackageError(
+            "this needs the extra: pip install 'dilaff-jax[torch]'"
+        ) from error
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise

@@ -80,11 +80,11 @@ class Plan:
     def terms(self) -> dict[int, list[tuple[int, int]]]:
         """{u: [(channel, v)]}: offsets with a neighbour inside, and the pixel's own weight."""
         height, width = self.size[1:3]
-        found: dict[int, list[tuple[int, int]]] = {0: [(len(self.offsets), 0)]}
+        by_column: dict[int, list[tuple[int, int]]] = {0: [(len(self.offsets), 0)]}
         for k, (v, u) in enumerate(self.offsets):
             if abs(v) < height and abs(u) < width:
-                found.setdefault(u, []).append((k, v))
-        return found
+                by_column.setdefault(u, []).append((k, v))
+        return by_column
 
     def first(self, band: Any) -> Any:
         """The first row of the band's window, which lies wholly inside the map."""

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Keeps a logarithm finite where no positive limit exists.
-_TINY = 1e-30
+from dilaff_jax.errors import UserError
+from dilaff_jax.numerics import TINY
 
 
 def hardest(
@@ -34,7 +34,7 @@ def pooling_weights(
     ‖w‖_p = n^(-1/q) reads Σ min(1, (ℓ/α)^q) = ratio·n, which is decreasing in α.
     """
     if not p > 1 or not 0 < ratio <= 1:
-        raise ValueError(f"p is {p} and ratio is {ratio}; expected p > 1 and ratio in (0, 1]")
+        raise UserError(f"p is {p} and ratio is {ratio}; expected p > 1 and ratio in (0, 1]")
     q = p / (p - 1)
     loss = jax.lax.stop_gradient(jnp.where(eligible, loss, 0))
     log_loss = jnp.log(jnp.maximum(loss, 0))
@@ -45,7 +45,7 @@ def pooling_weights(
         return jnp.sum(capped, axis=axes, keepdims=True) >= support
 
     # With fewer positive losses than `support` the p-norm is not reached: α = 0, all at the cap.
-    alpha = jnp.maximum(_largest(reaches, support), _TINY)
+    alpha = jnp.maximum(_largest(reaches, support), TINY)
     weights = jnp.exp(jnp.minimum(0, (q - 1) * (log_loss - jnp.log(alpha))))
     return jnp.where(eligible, weights / ratio ** (1 / p), 0)
 

@@ -7,21 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer, Real
 
 from dilaff_jax import resize
-from dilaff_jax.affinity import IGNORE_LABEL
+from dilaff_jax.errors import UserError
+from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.losses import mining
-from dilaff_jax.losses.parts import Parts, check_gamma, check_segmentation
+from dilaff_jax.losses.loss_sum import LossSum, check_gamma, check_segmentation
+from dilaff_jax.numerics import TINY
 
 # Rows of labels for which logits exist at a time: 8 images of 513 pixels and 21 classes then take
 # 28 MB, which stays in a TPU's VMEM and in a GPU's second-level cache.
 _ROWS = 64
 
 
-def enlarged(
-    loss: Callable[..., Parts], logits: jax.Array, labels: jax.Array, **options: Any
-) -> Parts:
-    """A loss of logits enlarged to the size of the labels, which never exist as a whole.
+def upsampled_loss(
+    loss: Callable[..., LossSum],
+    logits: Float[Array, " B h w C"],
+    labels: Integer[Array, " B H W"],
+    **options: Any,
+) -> LossSum:
+    """A loss of logits upsampled to the size of the labels, which never exist as a whole.
 
     loss(resize.bilinear(logits, labels.shape[1:]), labels), summed over blocks of rows whose logits
     are made again in the backward pass: at 513², stride 8 and 21 classes they would be 22 MB an
@@ -35,7 +41,7 @@ def enlarged(
         options: of the loss.
 
     Raises:
-        ValueError: as the loss.
+        UserError: as the loss.
     """
     height, width = labels.shape[1:]
     if height <= _ROWS:
@@ -54,15 +60,15 @@ def enlarged(
     across = resize.matrix(logits.shape[2], width)
 
     @jax.checkpoint
-    def block(few: jax.Array, weights: jax.Array, labels: jax.Array) -> Parts:
+    def block(few: jax.Array, weights: jax.Array, labels: jax.Array) -> LossSum:
         tall = jnp.einsum("rh,bhwc->brwc", weights, few, precision="highest")
         full = jnp.einsum("kw,brwc->brkc", across, tall, precision="highest")
         return loss(full, labels, **options)
 
-    def visit(total: Parts, xs: tuple[jax.Array, ...]) -> tuple[Parts, None]:
+    def visit(total: LossSum, xs: tuple[jax.Array, ...]) -> tuple[LossSum, None]:
         return total + block(*xs), None
 
-    nothing = Parts(jnp.zeros(()), jnp.zeros(()))
+    nothing = LossSum(jnp.zeros(()), jnp.zeros(()))
     return jax.lax.scan(visit, nothing, (few, jnp.asarray(weights), blocks))[0]
 
 
@@ -76,13 +82,13 @@ def _bands(matrices: np.ndarray) -> tuple[list[int], np.ndarray]:
 
 
 def cross_entropy(
-    logits: ArrayLike,
-    labels: ArrayLike,
+    logits: Real[ArrayLike, " B *spatial C"],
+    labels: Integer[ArrayLike, " B *spatial"],
     *,
-    class_weights: ArrayLike | None = None,
+    class_weights: Real[ArrayLike, " C"] | None = None,
     label_smoothing: float = 0.0,
     ignore_label: int = IGNORE_LABEL,
-) -> Parts:
+) -> LossSum:
     """Softmax cross-entropy: Σ_i w[y_i]·(-log p_i[y_i]) and Σ_i w[y_i], over labelled pixels.
 
     With smoothing ε the term is (1-ε)·w[y]·(-log p[y]) + ε/C·Σ_c w[c]·(-log p[c]). Equal to torch's
@@ -96,31 +102,31 @@ def cross_entropy(
         ignore_label: the label of pixels that do not count.
 
     Returns:
-        Parts of shape `[]`.
+        LossSum of shape `[]`.
 
     Raises:
-        ValueError: shapes that do not match, NaN, or labels that are neither class nor ignored.
+        UserError: shapes that do not match, NaN, or labels that are neither class nor ignored.
     """
     logits, labels, valid = check_segmentation(logits, labels, ignore_label)
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}; expected a value in [0, 1)")
+        raise UserError(f"label_smoothing is {label_smoothing}; expected a value in [0, 1)")
     weights = _class_weights(class_weights, logits.shape[-1])
     weight = jnp.where(valid, weights[labels], 0)
     loss = (1 - label_smoothing) * weight * _nll(logits, labels)
     if label_smoothing:
         uniform = jnp.sum(-jax.nn.log_softmax(logits) * weights, axis=-1)
         loss = loss + label_smoothing / logits.shape[-1] * jnp.where(valid, uniform, 0)
-    return Parts(jnp.sum(loss), jnp.sum(weight))
+    return LossSum(jnp.sum(loss), jnp.sum(weight))
 
 
 def focal(
-    logits: ArrayLike,
-    labels: ArrayLike,
+    logits: Real[ArrayLike, " B *spatial C"],
+    labels: Integer[ArrayLike, " B *spatial"],
     *,
     gamma: float = 2.0,
-    class_weights: ArrayLike | None = None,
+    class_weights: Real[ArrayLike, " C"] | None = None,
     ignore_label: int = IGNORE_LABEL,
-) -> Parts:
+) -> LossSum:
     """Softmax focal loss: Σ_i -α[y_i]·(1 - p_i[y_i])^γ·log p_i[y_i], and the number of pixels.
 
     The α-balanced form of Lin et al. 2017 (https://arxiv.org/abs/1708.02002) on the softmax instead
@@ -135,29 +141,29 @@ def focal(
         ignore_label: the label of pixels that do not count.
 
     Returns:
-        Parts of shape `[]`.
+        LossSum of shape `[]`.
 
     Raises:
-        ValueError: as `cross_entropy`.
+        UserError: as `cross_entropy`.
     """
     logits, labels, valid = check_segmentation(logits, labels, ignore_label)
     check_gamma(gamma)
     weights = _class_weights(class_weights, logits.shape[-1])
     nll = _nll(logits, labels)
     # -expm1(-nll) = 1 - p without cancellation; max keeps the power's gradient finite at p = 1.
-    wrong = jnp.maximum(-jnp.expm1(-nll), 1e-30)
+    wrong = jnp.maximum(-jnp.expm1(-nll), TINY)
     loss = jnp.where(valid, weights[labels], 0) * wrong**gamma * nll
-    return Parts(jnp.sum(loss), jnp.sum(valid, dtype=jnp.float32))
+    return LossSum(jnp.sum(loss), jnp.sum(valid, dtype=jnp.float32))
 
 
 def ohem(
-    logits: ArrayLike,
-    labels: ArrayLike,
+    logits: Real[ArrayLike, " B *spatial C"],
+    labels: Integer[ArrayLike, " B *spatial"],
     *,
     threshold: float = 0.7,
     min_kept: float = 0.2,
     ignore_label: int = IGNORE_LABEL,
-) -> Parts:
+) -> LossSum:
     """Online hard example mining: cross-entropy of the pixels with p_i[y_i] < threshold.
 
     In each image at least the hardest `min_kept` of the labelled pixels count; pixels that tie at
@@ -174,14 +180,14 @@ def ohem(
         ignore_label: the label of pixels that do not count.
 
     Returns:
-        Parts of shape `[]`: the selected pixels' losses and their number.
+        LossSum of shape `[]`: the selected pixels' losses and their number.
 
     Raises:
-        ValueError: as `cross_entropy`; an option out of its range.
+        UserError: as `cross_entropy`; an option out of its range.
     """
     for name, value in (("threshold", threshold), ("min_kept", min_kept)):
         if not 0 < value <= 1:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {value}; expected a value in (0, 1] (min_kept is a share of an image's "
                 "labelled pixels: 100,000 of 512 by 1024 is 0.19)"
             )
@@ -189,17 +195,17 @@ def ohem(
     hard = valid & (nll > -np.log(threshold))
     least = jnp.round(min_kept * mining.count_along(valid, (1,)))
     selected = mining.hardest(nll, valid, jnp.maximum(mining.count_along(hard, (1,)), least), (1,))
-    return Parts(jnp.sum(selected * nll), jnp.sum(selected))
+    return LossSum(jnp.sum(selected * nll), jnp.sum(selected))
 
 
 def loss_max_pooling(
-    logits: ArrayLike,
-    labels: ArrayLike,
+    logits: Real[ArrayLike, " B *spatial C"],
+    labels: Integer[ArrayLike, " B *spatial"],
     *,
     p: float = 1.7,
     ratio: float = 0.3,
     ignore_label: int = IGNORE_LABEL,
-) -> Parts:
+) -> LossSum:
     """Loss max-pooling of the cross-entropy: per image, max_w Σ_i w_i·ℓ_i over weightings w.
 
     These are `{w ≥ 0, ‖w‖_p ≤ n^(-1/q), ‖w‖_∞ ≤ τ}` with 1/p + 1/q = 1, n labelled pixels and
@@ -217,14 +223,14 @@ def loss_max_pooling(
         ignore_label: the label of pixels that do not count.
 
     Returns:
-        Parts of shape `[]`.
+        LossSum of shape `[]`.
 
     Raises:
-        ValueError: as `cross_entropy`; an option out of its range.
+        UserError: as `cross_entropy`; an option out of its range.
     """
     nll, valid = _pixel_losses(logits, labels, ignore_label)
     weights = mining.pooling_weights(nll, valid, p, ratio, (1,))
-    return Parts(jnp.sum(weights * nll), jnp.sum(valid, dtype=jnp.float32))
+    return LossSum(jnp.sum(weights * nll), jnp.sum(valid, dtype=jnp.float32))
 
 
 def _pixel_losses(
@@ -247,5 +253,5 @@ def _class_weights(weights: ArrayLike | None, num_classes: int) -> jax.Array:
         return jnp.ones(num_classes, jnp.float32)
     weights = jnp.asarray(weights, jnp.float32)
     if weights.shape != (num_classes,):
-        raise ValueError(f"class_weights have shape {weights.shape}; expected ({num_classes},)")
+        raise UserError(f"class_weights have shape {weights.shape}; expected ({num_classes},)")
     return weights

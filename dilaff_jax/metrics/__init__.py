@@ -7,11 +7,14 @@ Counting and dividing are apart: `confusion`, `affinity_histogram` (on the devic
 """
 
 from dilaff_jax.metrics.boundary import (
+    WIDTHS,
     BoundaryF,
     boundary_distance,
     boundary_f,
     boundary_iou,
+    boundary_pixels,
     boundary_summary,
+    f_score,
     trimap,
 )
 from dilaff_jax.metrics.edges import (
@@ -29,12 +32,17 @@ from dilaff_jax.metrics.regions import (
     class_accuracies,
     class_ious,
     confusion,
+    divide,
+    host_confusion,
+    ious,
+    mean,
     segmentation_summary,
 )
 from dilaff_jax.metrics.transitions import KINDS, Transitions, transition_summary, transitions
 
 __all__ = [
     "KINDS",
+    "WIDTHS",
     "BoundaryF",
     "Transitions",
     "add",
@@ -45,12 +53,18 @@ __all__ = [
     "boundary_distance",
     "boundary_f",
     "boundary_iou",
+    "boundary_pixels",
     "boundary_summary",
     "class_accuracies",
     "class_ious",
     "confusion",
+    "divide",
     "expected_calibration_error",
+    "f_score",
     "fit_bias",
+    "host_confusion",
+    "ious",
+    "mean",
     "precision_recall_f1",
     "reliability",
     "segmentation_summary",

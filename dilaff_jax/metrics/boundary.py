@@ -14,10 +14,20 @@ import numpy as np
 import scipy.ndimage
 import scipy.spatial
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Integer, Real
 
-from dilaff_jax.affinity import IGNORE_LABEL
-from dilaff_jax.labels import check_values
-from dilaff_jax.metrics.regions import check_counts, class_ious, mean
+from dilaff_jax.errors import UserError
+from dilaff_jax.labels import IGNORE_LABEL, check_values
+from dilaff_jax.metrics.regions import (
+    check_counts,
+    class_ious,
+    divide,
+    host_confusion,
+    mean,
+)
+
+# Widths of trimap bands, in pixels.
+WIDTHS = (1, 2, 4, 8, 16, 32)
 
 
 class _Points(NamedTuple):
@@ -47,24 +57,26 @@ class BoundaryF(NamedTuple):
     images: np.ndarray
 
 
-def boundary_distance(labels: ArrayLike, ignore_label: int = IGNORE_LABEL) -> np.ndarray:
+def boundary_distance(
+    labels: Integer[ArrayLike, " *spatial"], ignore_label: int = IGNORE_LABEL
+) -> Float[np.ndarray, " *spatial"]:
     """Euclidean distance of each pixel to the nearest boundary pixel, float64 `[*spatial]`.
 
     0 on a boundary pixel (see above), 1 beside it; infinite if there is no boundary.
     """
-    boundary = _boundary(_fill(np.asarray(labels), ignore_label))
+    boundary = boundary_pixels(_fill(np.asarray(labels), ignore_label))
     if not boundary.any():
         return np.full(boundary.shape, np.inf)
     return scipy.ndimage.distance_transform_edt(~boundary)
 
 
 def trimap(
-    pred: ArrayLike,
-    labels: ArrayLike,
+    pred: Integer[ArrayLike, " *spatial"],
+    labels: Integer[ArrayLike, " *spatial"],
     num_classes: int,
-    widths: Sequence[float] = (1, 2, 4, 8, 16, 32),
+    widths: Sequence[float] = WIDTHS,
     ignore_label: int = IGNORE_LABEL,
-) -> np.ndarray:
+) -> Int[np.ndarray, " W C C"]:
     """Confusion matrices of the pixels within a band around true boundaries: int64 `[W, C, C]`.
 
     A band of width r holds the labelled pixels with `boundary_distance` < r: r pixels on each side.
@@ -72,22 +84,22 @@ def trimap(
     void strips of VOC instead.
 
     Raises:
-        ValueError: shapes that do not match, impossible labels or predictions.
+        UserError: shapes that do not match, impossible labels or predictions.
     """
     pred, labels = check_maps(pred, labels, num_classes, ignore_label)
     distance = boundary_distance(labels, ignore_label)
     labelled = labels != ignore_label
     bands = [labelled & (distance < width) for width in widths]
-    return np.stack([_confusion(pred[b], labels[b], num_classes) for b in bands])
+    return np.stack([host_confusion(pred, labels, num_classes, band) for band in bands])
 
 
 def boundary_iou(
-    pred: ArrayLike,
-    labels: ArrayLike,
+    pred: Integer[ArrayLike, " *spatial"],
+    labels: Integer[ArrayLike, " *spatial"],
     num_classes: int,
     dilation_ratio: float = 0.02,
     ignore_label: int = IGNORE_LABEL,
-) -> np.ndarray:
+) -> Int[np.ndarray, " C 2"]:
     """Intersection and union of each class's boundary band, int64 `[C, 2]`.
 
     The band of a mask is what d erosions by a square of 3 pixels take away, the outside of the
@@ -97,7 +109,7 @@ def boundary_iou(
     Void pixels erode nothing, in the labels as in the prediction, and do not count.
 
     Raises:
-        ValueError: as `trimap`.
+        UserError: as `trimap`.
     """
     pred, labels = check_maps(pred, labels, num_classes, ignore_label)
     void = labels == ignore_label
@@ -111,8 +123,8 @@ def boundary_iou(
 
 
 def boundary_f(
-    pred: ArrayLike,
-    labels: ArrayLike,
+    pred: Integer[ArrayLike, " *spatial"],
+    labels: Integer[ArrayLike, " *spatial"],
     num_classes: int,
     tolerance: float = 2.0,
     ignore_label: int = IGNORE_LABEL,
@@ -128,27 +140,27 @@ def boundary_f(
     their width.
 
     Raises:
-        ValueError: as `trimap`; a negative tolerance.
+        UserError: as `trimap`; a negative tolerance.
     """
     pred, labels = check_maps(pred, labels, num_classes, ignore_label)
     if not tolerance >= 0:
-        raise ValueError(f"tolerance is {tolerance}; expected a distance in pixels, at least 0")
+        raise UserError(f"tolerance is {tolerance}; expected a distance in pixels, at least 0")
     labelled = labels != ignore_label
     predicted, true = _points(pred, labelled), _points(_fill(labels, ignore_label), labelled)
     score_sum, images = np.zeros(num_classes), np.zeros(num_classes, np.int64)
     for c in np.union1d(predicted.label, true.label):
         matches = _matches(predicted.of(c), true.of(c), tolerance)
         images[c] = bool(matches[0] or matches[2])
-        score_sum[c] = np.nan_to_num(_f_score(matches))
+        score_sum[c] = np.nan_to_num(f_score(matches))
     return BoundaryF(_matches(predicted, true, tolerance), score_sum, images)
 
 
 def boundary_summary(
     *,
-    iou: ArrayLike | None = None,
+    iou: Real[ArrayLike, " C 2"] | None = None,
     f: BoundaryF | None = None,
-    trimaps: ArrayLike | None = None,
-    widths: Sequence[float] = (1, 2, 4, 8, 16, 32),
+    trimaps: Real[ArrayLike, " W C C"] | None = None,
+    widths: Sequence[float] = WIDTHS,
 ) -> dict[str, float]:
     """Turns sums of the counts above into figures; give those that were counted.
 
@@ -156,22 +168,20 @@ def boundary_summary(
     boundary_recall: any two classes; boundary_f_class: mean over classes of the mean over images;
     trimap_miou/R: mIoU in the band of width R. What is undefined is left out.
     """
-    found: dict[str, float] = {}
+    figures: dict[str, np.ndarray] = {}
     if iou is not None:
-        counts = check_counts(iou).astype(np.float64)
-        found["boundary_iou"] = mean(
-            counts[:, 0] / np.where(counts[:, 1] > 0, counts[:, 1], np.nan)
-        )
+        counts = check_counts(iou)
+        figures["boundary_iou"] = mean(divide(counts[:, 0], counts[:, 1]))
     if f is not None:
         predicted, hit, true, recalled = check_counts(f.pixels)
-        found["boundary_f"] = _f_score(f.pixels)
-        found["boundary_precision"] = hit / predicted if predicted else float("nan")
-        found["boundary_recall"] = recalled / true if true else float("nan")
-        found["boundary_f_class"] = mean(f.score_sum / np.where(f.images > 0, f.images, np.nan))
+        figures["boundary_f"] = f_score(f.pixels)
+        figures["boundary_precision"] = divide(hit, predicted)
+        figures["boundary_recall"] = divide(recalled, true)
+        figures["boundary_f_class"] = mean(divide(f.score_sum, f.images))
     if trimaps is not None:
         for width, counts in zip(widths, check_counts(trimaps), strict=True):
-            found[f"trimap_miou/{width:g}"] = mean(class_ious(counts))
-    return {key: float(value) for key, value in found.items() if not np.isnan(value)}
+            figures[f"trimap_miou/{width:g}"] = mean(class_ious(counts))
+    return {key: float(value) for key, value in figures.items() if not np.isnan(value)}
 
 
 def _fill(labels: np.ndarray, ignore_label: int) -> np.ndarray:
@@ -185,15 +195,15 @@ def _fill(labels: np.ndarray, ignore_label: int) -> np.ndarray:
     return labels[tuple(nearest)]
 
 
-def _boundary(labels: np.ndarray) -> np.ndarray:
-    """Where a neighbour along an axis has another class, bool."""
-    found = np.zeros(labels.shape, bool)
+def boundary_pixels(labels: Integer[np.ndarray, " *spatial"]) -> Bool[np.ndarray, " *spatial"]:
+    """Where a neighbour along an axis has another class, bool `[*spatial]`; void is a class."""
+    boundary = np.zeros(labels.shape, bool)
     for axis in range(labels.ndim):
-        a, b = np.moveaxis(labels, axis, 0), np.moveaxis(found, axis, 0)
+        a, b = np.moveaxis(labels, axis, 0), np.moveaxis(boundary, axis, 0)
         differs = a[1:] != a[:-1]
         b[1:] |= differs
         b[:-1] |= differs
-    return found
+    return boundary
 
 
 def _band(labels: np.ndarray, void: np.ndarray, depth: int) -> np.ndarray:
@@ -213,7 +223,7 @@ def _band(labels: np.ndarray, void: np.ndarray, depth: int) -> np.ndarray:
 
 
 def _points(labels: np.ndarray, counted: np.ndarray) -> _Points:
-    boundary = _boundary(labels)
+    boundary = boundary_pixels(labels)
     return _Points(np.argwhere(boundary), labels[boundary], counted[boundary])
 
 
@@ -232,29 +242,24 @@ def _near(points: _Points, others: _Points, tolerance: float) -> np.ndarray:
     return distance <= tolerance
 
 
-def _f_score(matches: np.ndarray) -> float:
-    """2PR/(P + R); 0 if nothing matches, NaN without boundary on either side."""
-    predicted, hit, true, recalled = (float(x) for x in matches)
-    if not predicted and not true:
-        return float("nan")
-    if not hit or not recalled:
-        return 0.0
-    precision, recall = hit / predicted, recalled / true
-    return 2 * precision * recall / (precision + recall)
+def f_score(pixels: Real[np.ndarray, " *rows 4"]) -> Float[np.ndarray, " *rows"]:
+    """2PR/(P + R) of `BoundaryF.pixels` `[..., 4]`, float64 `[...]`.
 
-
-def _confusion(pred: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    cells = np.bincount(labels * num_classes + pred, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes).astype(np.int64)
+    0 if nothing matches, NaN without boundary on either side.
+    """
+    predicted, hit, true, recalled = np.moveaxis(np.asarray(pixels, np.float64), -1, 0)
+    precision, recall = divide(hit, predicted), divide(recalled, true)
+    score = np.nan_to_num(divide(2 * precision * recall, precision + recall))
+    return np.where((predicted > 0) | (true > 0), score, np.nan)
 
 
 def check_maps(
     pred: ArrayLike, labels: ArrayLike, num_classes: int, ignore_label: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a prediction and labels of one image as int32, or raises ValueError."""
+    """Returns a prediction and labels of one image as int32, or raises UserError."""
     pred, labels = np.asarray(pred), np.asarray(labels)
     if pred.shape != labels.shape or not labels.size:
-        raise ValueError(
+        raise UserError(
             f"pred has shape {pred.shape} and labels {labels.shape}; expected one image of one "
             "shape [*spatial]"
         )

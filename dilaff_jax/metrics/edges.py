@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Real
 
-from dilaff_jax.losses.parts import check_affinity_shapes
+from dilaff_jax.errors import UserError
+from dilaff_jax.losses.loss_sum import check_affinity_shapes
 from dilaff_jax.metrics.regions import POISON, check_counts, mean
 
 BINS = 4096
@@ -24,8 +26,11 @@ _SCALE = BINS / 2 / float(np.arcsinh(_LARGEST / _UNIT))
 
 
 def affinity_histogram(
-    logits: ArrayLike, target: ArrayLike, valid: ArrayLike, num_dilations: int
-) -> jax.Array:
+    logits: Real[ArrayLike, " B *spatial K"],
+    target: Bool[ArrayLike, " B *spatial K"],
+    valid: Bool[ArrayLike, " B *spatial K"],
+    num_dilations: int,
+) -> Int[Array, " D 2 bins"]:
     """Counts valid edges by dilation, target and logit: int32 `[D, 2, BINS]`.
 
     Row 0 of the second axis holds the class edges. Under `jit`, NaN at a valid edge makes all
@@ -38,7 +43,7 @@ def affinity_histogram(
         num_dilations: D.
 
     Raises:
-        ValueError: shapes that do not match, targets that are not bool, NaN outside `jit`.
+        UserError: shapes that do not match, targets that are not bool, NaN outside `jit`.
     """
     check_affinity_shapes(logits, target, valid, num_dilations)
     logits, target, valid = (
@@ -47,13 +52,13 @@ def affinity_histogram(
         jnp.asarray(valid),
     )
     if target.dtype != bool:
-        raise ValueError(
+        raise UserError(
             f"target has dtype {target.dtype}; expected bool: figures need hard targets, from "
             "affinity.targets"
         )
     broken = jnp.any(valid & jnp.isnan(logits))
     if not isinstance(broken, jax.core.Tracer) and broken:
-        raise ValueError("logits hold NaN at valid edges; expected numbers")
+        raise UserError("logits hold NaN at valid edges; expected numbers")
     # Floor before the offset is added, so that bins part exactly at logit 0.
     place = jnp.floor(jnp.arcsinh(jnp.clip(logits, -_LARGEST, _LARGEST) / _UNIT) * _SCALE)
     place = jnp.clip(jnp.nan_to_num(place).astype(jnp.int32) + BINS // 2, 0, BINS - 1)
@@ -65,7 +70,9 @@ def affinity_histogram(
     return counts.reshape(num_dilations, 2, BINS).astype(jnp.int32)
 
 
-def precision_recall_f1(histogram: ArrayLike, threshold: float = 0.0) -> np.ndarray:
+def precision_recall_f1(
+    histogram: Real[ArrayLike, " D 2 bins"], threshold: float = 0.0
+) -> Float[np.ndarray, " D 3"]:
     """Precision, recall and F1 of class edges, float64 `[D, 3]`.
 
     An edge is called a class edge where its logit is below `threshold` (to the nearest bin; 0 is
@@ -75,7 +82,9 @@ def precision_recall_f1(histogram: ArrayLike, threshold: float = 0.0) -> np.ndar
     return _precision_recall_f1(_check_histogram(histogram))[:, called]
 
 
-def best_f1(histogram: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def best_f1(
+    histogram: Real[ArrayLike, " D 2 bins"],
+) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, " D"]]:
     """The logit threshold with the best F1 of class edges, and that F1, each float64 `[D]`.
 
     As any threshold, choose it on a split that is not reported. NaN without class edges.
@@ -86,15 +95,15 @@ def best_f1(histogram: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return np.where(np.isnan(score), np.nan, _limits()[best]), score
 
 
-def average_precision(histogram: ArrayLike) -> np.ndarray:
+def average_precision(histogram: Real[ArrayLike, " D 2 bins"]) -> Float[np.ndarray, " D"]:
     """Average precision of class edges, float64 `[D]`: Σ_n (R_n - R_(n-1))·P_n over the bins.
 
     scikit-learn's `average_precision_score(target == 0, -logit)`, edges of one bin counting as
     ties. NaN without class edges.
     """
     counts = _check_histogram(histogram)
-    found = np.cumsum(counts, axis=-1)
-    precision = found[:, 0] / np.maximum(found.sum(axis=1), 1)
+    called = np.cumsum(counts, axis=-1)
+    precision = called[:, 0] / np.maximum(called.sum(axis=1), 1)
     number = counts[:, 0].sum(axis=-1)
     total = np.sum(counts[:, 0] * precision, axis=-1)
     return np.where(number > 0, total / np.maximum(number, 1), np.nan)
@@ -127,8 +136,8 @@ def reliability(
 
 
 def expected_calibration_error(
-    histogram: ArrayLike, *, bias: ArrayLike = 0.0, bins: int = 15
-) -> np.ndarray:
+    histogram: Real[ArrayLike, " D 2 bins"], *, bias: ArrayLike = 0.0, bins: int = 15
+) -> Float[np.ndarray, " D"]:
     """Σ_m n_m/n·|mean a - share of edges within a class|, `[D]` (Guo et al. 2017, 1706.04599).
 
     Arguments as `reliability`. NaN without edges.
@@ -138,7 +147,7 @@ def expected_calibration_error(
     return np.where(number.sum(axis=1) > 0, gap / np.maximum(number.sum(axis=1), 1), np.nan)
 
 
-def fit_bias(histogram: ArrayLike) -> np.ndarray:
+def fit_bias(histogram: Real[ArrayLike, " D 2 bins"]) -> Float[np.ndarray, " D"]:
     """The bias b per dilation that minimises the plain cross-entropy of σ(logit - b), `[D]`.
 
     Undoes the shift of class-balanced training; pass it as `bias` to `propagate.signed`. At the
@@ -146,13 +155,13 @@ def fit_bias(histogram: ArrayLike) -> np.ndarray:
     bisection, exact to the bins. Fit it on a split that is not reported.
 
     Raises:
-        ValueError: a dilation without both kinds of edges; its bias would be infinite.
+        UserError: a dilation without both kinds of edges; its bias would be infinite.
     """
     counts = _check_histogram(histogram)
     number, same = counts.sum(axis=(1, 2)), counts[:, 1].sum(axis=-1)
     lone = np.flatnonzero((same == 0) | (same == number))
     if lone.size:
-        raise ValueError(
+        raise UserError(
             f"dilation number {lone[0]} has {same[lone[0]]} edges within a class of "
             f"{number[lone[0]]}; a bias needs both kinds: count more images"
         )
@@ -175,18 +184,18 @@ def affinity_summary(
     edge at this dilation) is left out.
 
     Raises:
-        ValueError: not one dilation a row.
+        UserError: not one dilation a row.
     """
     counts = _check_histogram(histogram)
     if len(dilations) != len(counts):
-        raise ValueError(f"{len(dilations)} dilations for {len(counts)} rows of the histogram")
+        raise UserError(f"{len(dilations)} dilations for {len(counts)} rows of the histogram")
     bias = np.broadcast_to(np.asarray(bias, np.float64), len(counts))
     scores = [precision_recall_f1(counts, b)[d] for d, b in enumerate(bias)]
     precision, recall, f1 = np.array(scores).T
     threshold, best = best_f1(counts)
-    edges = counts[:, 0].sum(axis=-1) / np.maximum(counts.sum(axis=(1, 2)), 1)
+    class_edges = counts[:, 0].sum(axis=-1) / np.maximum(counts.sum(axis=(1, 2)), 1)
     columns = {
-        "class_edges": edges,
+        "class_edges": class_edges,
         "precision": precision,
         "recall": recall,
         "f1": f1,
@@ -196,7 +205,7 @@ def affinity_summary(
         "calibration_error": expected_calibration_error(counts, bias=bias),
     }
     rows = {f"d{d}/{k}": float(v[i]) for i, d in enumerate(dilations) for k, v in columns.items()}
-    means = {f"mean/{k}": mean(columns[k]) for k in ("average_precision", "f1", "recall")}
+    means = {f"mean/{k}": float(mean(columns[k])) for k in ("average_precision", "f1", "recall")}
     return {key: value for key, value in {**rows, **means}.items() if not np.isnan(value)}
 
 
@@ -226,5 +235,5 @@ def _precision_recall_f1(counts: np.ndarray) -> np.ndarray:
 def _check_histogram(histogram: ArrayLike) -> np.ndarray:
     counts = check_counts(histogram)
     if counts.ndim != 3 or counts.shape[1:] != (2, BINS):
-        raise ValueError(f"histogram has shape {counts.shape}; expected [D, 2, {BINS}]")
+        raise UserError(f"histogram has shape {counts.shape}; expected [D, 2, {BINS}]")
     return counts

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Integer, Real
 
-from dilaff_jax.affinity import IGNORE_LABEL
-from dilaff_jax.labels import check_values
+from dilaff_jax.errors import UserError
+from dilaff_jax.labels import IGNORE_LABEL, check_values
 
 Counts = TypeVar("Counts")
 
@@ -25,7 +26,7 @@ def add(*counts: Counts) -> Counts:
     is exact only to 2^24.
 
     Raises:
-        ValueError: negative counts: values were counted under `jit` that are impossible.
+        UserError: negative counts: values were counted under `jit` that are impossible.
     """
 
     def total(*leaves: ArrayLike) -> np.ndarray:
@@ -35,10 +36,10 @@ def add(*counts: Counts) -> Counts:
 
 
 def check_counts(counts: ArrayLike) -> np.ndarray:
-    """Returns counts as int64 or float64; raises ValueError if one is negative."""
+    """Returns counts as int64 or float64; raises UserError if one is negative."""
     counts = np.asarray(counts)
     if (counts < 0).any():
-        raise ValueError(
+        raise UserError(
             "counts are negative: a label that is neither a class nor the ignore label, an "
             "impossible prediction, or NaN was counted under jit; call the function that counts "
             "outside jit to see the value"
@@ -47,12 +48,12 @@ def check_counts(counts: ArrayLike) -> np.ndarray:
 
 
 def confusion(
-    pred: ArrayLike,
-    labels: ArrayLike,
+    pred: Integer[ArrayLike, " B *spatial"],
+    labels: Integer[ArrayLike, " B *spatial"],
     num_classes: int,
     ignore_label: int = IGNORE_LABEL,
-    mask: ArrayLike | None = None,
-) -> jax.Array:
+    mask: Bool[ArrayLike, " ..."] | None = None,
+) -> Int[Array, " C C"]:
     """Counts pixels by true class (rows) and predicted class (columns): int32 `[C, C]`.
 
     Under `jit`, where values cannot be seen, an impossible label or prediction at a pixel that
@@ -67,11 +68,11 @@ def confusion(
             rows of a padded batch that are images.
 
     Raises:
-        ValueError: shapes that do not match; outside `jit`, impossible values.
+        UserError: shapes that do not match; outside `jit`, impossible values.
     """
     pred, labels = jnp.asarray(pred), jnp.asarray(labels)
     if pred.shape != labels.shape:
-        raise ValueError(
+        raise UserError(
             f"pred has shape {pred.shape} and labels {labels.shape}; expected one shape"
         )
     counted = labels.astype(jnp.int32) != ignore_label
@@ -87,25 +88,48 @@ def confusion(
     return counts.reshape(num_classes, num_classes).astype(jnp.int32)
 
 
-def class_ious(confusion: ArrayLike) -> np.ndarray:
+def class_ious(confusion: Real[ArrayLike, " C C"]) -> Float[np.ndarray, " C"]:
     """Intersection over union of each class, float64 `[C]`: n_cc / (Σ_k n_ck + Σ_k n_kc - n_cc).
 
     NaN for a class that is absent, that is neither in the labels nor predicted; a class that is
     only predicted has 0. As the evaluation scripts of Cityscapes and mmsegmentation have it.
     """
     counts = _check_confusion(confusion)
-    right = np.diag(counts)
-    return _divide(right, counts.sum(axis=1) + counts.sum(axis=0) - right)
+    return ious(np.diag(counts), counts.sum(axis=1), counts.sum(axis=0))
 
 
-def class_accuracies(confusion: ArrayLike) -> np.ndarray:
+def ious(
+    right: Real[ArrayLike, " *rows"],
+    true: Real[ArrayLike, " *rows"],
+    predicted: Real[ArrayLike, " *rows"],
+) -> Float[np.ndarray, " *rows"]:
+    """Intersection over union from pixels that are right, true and predicted, float64 `[...]`.
+
+    NaN where there are neither true nor predicted ones.
+    """
+    right = np.asarray(right, np.float64)
+    return divide(right, np.asarray(true) + np.asarray(predicted) - right)
+
+
+def host_confusion(
+    pred: Integer[np.ndarray, " *spatial"],
+    labels: Integer[np.ndarray, " *spatial"],
+    num_classes: int,
+    mask: Bool[np.ndarray, " *spatial"],
+) -> Int[np.ndarray, " C C"]:
+    """`confusion` of the pixels in `mask`, in NumPy, of checked values: int64 `[C, C]`."""
+    cell = labels[mask].astype(np.int64) * num_classes + pred[mask]
+    return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def class_accuracies(confusion: Real[ArrayLike, " C C"]) -> Float[np.ndarray, " C"]:
     """Share of each class's pixels that is right (recall), float64 `[C]`; NaN without pixels."""
     counts = _check_confusion(confusion)
-    return _divide(np.diag(counts), counts.sum(axis=1))
+    return divide(np.diag(counts), counts.sum(axis=1))
 
 
 def segmentation_summary(
-    confusion: ArrayLike, class_names: Sequence[str] | None = None
+    confusion: Real[ArrayLike, " C C"], class_names: Sequence[str] | None = None
 ) -> dict[str, float]:
     """Turns a confusion matrix into figures, shares in [0, 1] (Long et al. 2015, arXiv 1411.4038).
 
@@ -115,42 +139,42 @@ def segmentation_summary(
     each class; absent classes are left out. Without any counted pixel the means are NaN.
 
     Raises:
-        ValueError: not a confusion matrix, or not one name a class.
+        UserError: not a confusion matrix, or not one name a class.
     """
     counts = _check_confusion(confusion)
     names = [str(c) for c in range(len(counts))] if class_names is None else list(class_names)
     if len(names) != len(counts):
-        raise ValueError(f"{len(names)} class names for {len(counts)} classes")
-    ious, accuracies = class_ious(counts), class_accuracies(counts)
-    present, total = ~np.isnan(ious), counts.sum()
-    frequency = _divide(counts.sum(axis=1), total)
+        raise UserError(f"{len(names)} class names for {len(counts)} classes")
+    per_class, accuracies = class_ious(counts), class_accuracies(counts)
+    present, total = ~np.isnan(per_class), counts.sum()
+    frequency = divide(counts.sum(axis=1), total)
     return {
-        "miou": mean(ious),
-        "pixel_accuracy": float(_divide(np.trace(counts), total)),
-        "mean_accuracy": mean(accuracies),
-        "frequency_weighted_iou": float(np.sum(frequency[present] * ious[present]))
+        "miou": float(mean(per_class)),
+        "pixel_accuracy": float(divide(np.trace(counts), total)),
+        "mean_accuracy": float(mean(accuracies)),
+        "frequency_weighted_iou": float(np.sum(frequency[present] * per_class[present]))
         if total
         else float("nan"),
         "classes": float(present.sum()),
-        **{f"iou/{name}": float(ious[c]) for c, name in enumerate(names) if present[c]},
+        **{f"iou/{name}": float(per_class[c]) for c, name in enumerate(names) if present[c]},
     }
 
 
-def mean(values: np.ndarray) -> float:
-    """The mean of what is not NaN; NaN if nothing is left."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
+def mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the last axis of what is not NaN; NaN where nothing is left."""
+    known = ~np.isnan(values)
+    return divide(np.where(known, values, 0).sum(axis=-1), known.sum(axis=-1))
 
 
-def _divide(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
-    """Divides in float64, NaN where whole is 0."""
+def divide(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
+    """Divides in float64, NaN where whole is 0 or NaN."""
     whole = np.asarray(whole, np.float64)
     return np.asarray(part, np.float64) / np.where(whole > 0, whole, np.nan)
 
 
 def _spread(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if mask.dtype != bool or mask.shape != shape[: mask.ndim]:
-        raise ValueError(
+        raise UserError(
             f"mask has shape {mask.shape} and dtype {mask.dtype}; expected bool, a leading part of "
             f"{shape}"
         )
@@ -169,5 +193,5 @@ def _check_pixels(
 def _check_confusion(confusion: ArrayLike) -> np.ndarray:
     counts = check_counts(confusion)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
-        raise ValueError(f"confusion has shape {counts.shape}; expected [C, C]")
+        raise UserError(f"confusion has shape {counts.shape}; expected [C, C]")
     return counts

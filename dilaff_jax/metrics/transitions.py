@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Integer
 
-from dilaff_jax.affinity import IGNORE_LABEL
+from dilaff_jax.errors import UserError
+from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.metrics.boundary import boundary_distance, check_maps
 from dilaff_jax.metrics.regions import check_counts
 
@@ -34,9 +36,9 @@ class Transitions(NamedTuple):
 
 
 def transitions(
-    before: ArrayLike,
-    after: ArrayLike,
-    labels: ArrayLike,
+    before: Integer[ArrayLike, " *spatial"],
+    after: Integer[ArrayLike, " *spatial"],
+    labels: Integer[ArrayLike, " *spatial"],
     num_classes: int,
     distances: Sequence[float] = DISTANCES,
     ignore_label: int = IGNORE_LABEL,
@@ -48,13 +50,13 @@ def transitions(
     is "wrong_to_wrong" if its class changed, else "unchanged_wrong".
 
     Raises:
-        ValueError: shapes that do not match, impossible labels or predictions, distances that do
+        UserError: shapes that do not match, impossible labels or predictions, distances that do
             not increase.
     """
     before, _ = check_maps(before, labels, num_classes, ignore_label)
     after, labels = check_maps(after, labels, num_classes, ignore_label)
     if not distances or any(b <= a for a, b in itertools.pairwise((0, *distances))):
-        raise ValueError(f"distances are {tuple(distances)}; expected increasing positive numbers")
+        raise UserError(f"distances are {tuple(distances)}; expected increasing positive numbers")
     was, now, changed = before == labels, after == labels, before != after
     kind = np.select([was & now, ~changed, now, was], [0, 1, 2, 3], default=4)
     row = np.digitize(boundary_distance(labels, ignore_label), distances)
@@ -77,12 +79,12 @@ def transition_summary(
     class/NAME/. Rows without pixels are left out.
 
     Raises:
-        ValueError: names or distances that do not match the counts.
+        UserError: names or distances that do not match the counts.
     """
     by_distance, by_class = check_counts(counts.by_distance), check_counts(counts.by_class)
     names = [str(c) for c in range(len(by_class))] if class_names is None else list(class_names)
     if len(names) != len(by_class) or len(distances) + 1 != len(by_distance):
-        raise ValueError(
+        raise UserError(
             f"{len(names)} class names and {len(distances)} distances; expected {len(by_class)} "
             f"and {len(by_distance) - 1}"
         )

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dilaff_jax import affinity
+from dilaff_jax.errors import UserError
 from dilaff_jax.models import layers
 
 SOURCES = ("decoder", "stride4", "stride2", "image")
@@ -100,8 +101,8 @@ class AffinityHead(nn.Module):
         for source in self.sources:
             layers.check_choice("affinity.sources", source, SOURCES)
         if not self.rates:
-            raise ValueError("affinity.rates are (); give one dilation or more, such as (1, 2, 4)")
+            raise UserError("affinity.rates are (); give one dilation or more, such as (1, 2, 4)")
         if not self.sources or len(set(self.sources)) < len(self.sources):
-            raise ValueError(
+            raise UserError(
                 f"affinity.sources are {self.sources}; give one or more of {SOURCES}, each once"
             )

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dilaff_jax import resize
-from dilaff_jax.models import dense, depthwise
-from dilaff_jax.models.batch_norm import BatchNorm
+from dilaff_jax.errors import UserError
+from dilaff_jax.models.cpu import batch_norm, conv, depthwise_conv, dispatch
+from dilaff_jax.models.cpu import max_pool as max_pool_on_cpu
 
 Padding: TypeAlias = Literal["symmetric", "same"]
 TorchKeys: TypeAlias = tuple[tuple[str, str], ...]
@@ -21,6 +22,9 @@ TorchKeys: TypeAlias = tuple[tuple[str, str], ...]
 # torch's BatchNorm: epsilon 1e-5, and its momentum 0.1 is 0.9 in Flax.
 EPSILON = 1e-5
 MOMENTUM = 0.9
+
+# The classes of batch normalisation that a network may hold.
+BATCH_NORMS = (nn.BatchNorm, batch_norm.BatchNorm)
 
 # The statistics of ImageNet that torchvision's weights expect, for RGB in [0, 255].
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -103,7 +107,7 @@ class ConvNorm(nn.Module):
                 use_bias=False,
                 dtype=self.style.dtype,
                 kernel_init=_he_normal(self.depthwise),
-                conv_general_dilated=depthwise.conv if self.depthwise else dense.conv,
+                conv_general_dilated=_own_conv(self.depthwise),
                 name="conv",
             )(x)
         y = self._norm(train)(y)
@@ -117,15 +121,17 @@ class ConvNorm(nn.Module):
                 dtype=self.style.dtype,
                 name="norm",
             )
-        return BatchNorm(
-            use_running_average=not train or self.style.frozen_norm,
-            momentum=MOMENTUM,
-            epsilon=self.epsilon,
-            dtype=self.style.dtype,
-            axis_name=self.style.axis_name,
-            two_pass=self.two_pass,
-            name="norm",
-        )
+        common = {
+            "use_running_average": not train or self.style.frozen_norm,
+            "momentum": MOMENTUM,
+            "epsilon": self.epsilon,
+            "dtype": self.style.dtype,
+            "axis_name": self.style.axis_name,
+            "name": "norm",
+        }
+        if dispatch.target() == "cpu":
+            return batch_norm.BatchNorm(two_pass=self.two_pass, **common)
+        return nn.BatchNorm(use_fast_variance=not self.two_pass, **common)
 
 
 class JoinedConv(nn.Module):
@@ -158,7 +164,7 @@ class JoinedConv(nn.Module):
         filters = self.param("kernel", _he_normal(False), shape, jnp.float32).astype(self.dtype)
         total, start = jnp.zeros((), self.dtype), 0
         for x in maps:
-            total += dense.conv(
+            total += conv.conv(
                 x.astype(self.dtype),
                 filters[:, :, start : start + x.shape[-1]],
                 (self.stride, self.stride),
@@ -217,7 +223,7 @@ def classifier(features: int, style: Style, name: str = "logits") -> nn.Module:
         (1, 1),
         dtype=style.dtype,
         kernel_init=init,
-        conv_general_dilated=dense.conv,
+        conv_general_dilated=_own_conv(depthwise=False),
         name=name,
     )
 
@@ -250,30 +256,22 @@ def max_pool(x: jax.Array) -> jax.Array:
     def library(x: jax.Array) -> jax.Array:
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
-    if not all(isinstance(n, int) for n in x.shape[1:3]):
-        return library(x)  # exported for any size
-    # XLA's CPU backend looks for the maximum once more in the backward pass, and scatters to it.
-    return jax.lax.platform_dependent(
-        x, cpu=lambda x: _maximum(_maximum(x, axis=2), axis=1), default=library
-    )
+    # Of images of any size, only the library's is known to fit.
+    of_any_size = not all(isinstance(n, int) for n in x.shape[1:3])
+    match "gpu" if of_any_size else dispatch.target():
+        case "cpu":
+            return max_pool_on_cpu.max_pool(x)
+        case "any":
+            cpu = max_pool_on_cpu.max_pool
+            return jax.lax.platform_dependent(x, cpu=cpu, default=library)
+        case _:
+            return library(x)
 
 
-def _maximum(x: jax.Array, axis: int) -> jax.Array:
-    """The maximum of three pixels around every other one along one axis; NaN stays NaN."""
-    padding = [(1, 1) if a == axis else (0, 0) for a in range(x.ndim)]
-    padded = jnp.pad(x, padding, constant_values=-jnp.inf)
-    size = (x.shape[axis] + 1) // 2
-    best = jax.lax.slice_in_dim(padded, 0, 2 * size - 1, 2, axis)
-    for start in (1, 2):
-        other = jax.lax.slice_in_dim(padded, start, start + 2 * size - 1, 2, axis)
-        best = jnp.where((other > best) | jnp.isnan(other), other, best)
-    return best
-
-
-def check_choice(option: str, found: object, allowed: Sequence[object]) -> None:
-    """Raises ValueError naming the option, the value found and the values allowed."""
-    if found not in allowed:
-        raise ValueError(f"{option} is {found!r}; allowed: {', '.join(map(repr, allowed))}")
+def check_choice(option: str, given: object, allowed: Sequence[object]) -> None:
+    """Raises UserError naming the option, the value found and the values allowed."""
+    if given not in allowed:
+        raise UserError(f"{option} is {given!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 def _cells(n: int, size: int) -> np.ndarray:
@@ -283,6 +281,13 @@ def _cells(n: int, size: int) -> np.ndarray:
         start, stop = i * n // size, math.ceil((i + 1) * n / size)
         cells[i, start:stop] = 1 / (stop - start)
     return cells
+
+
+def _own_conv(depthwise: bool) -> Callable[..., jax.Array] | None:
+    """What Flax's layer is to call instead of XLA's convolution; None off a CPU."""
+    if dispatch.target() not in ("cpu", "any"):
+        return None
+    return depthwise_conv.conv if depthwise else conv.conv
 
 
 def _he_normal(depthwise: bool) -> nn.initializers.Initializer:

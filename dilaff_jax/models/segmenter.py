@@ -17,7 +17,7 @@ package is named "module:attribute". The options of a variant are the module's o
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,38 +26,76 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dilaff_jax.models import affinity_head, decoders, encoders, layers, options
+from dilaff_jax import references, schema
+from dilaff_jax.errors import UserError
+from dilaff_jax.models import affinity_head, decoders, encoders, layers, module_options
 from dilaff_jax.models.decoders import fcn
+from dilaff_jax.schema import Key, Rule
 
 DTYPES = ("float32", "bfloat16")
 OUTPUT_STRIDES = (8, 16, 32)
 
+_FACTORS = Rule(
+    "positive integers",
+    lambda v: schema.is_sequence(v) and all(schema.is_whole(x, 1) for x in v),
+)
+# The defaults are DeepLabv3 on ResNet-50, without affinity.
+KEYS: schema.Section = {
+    "encoder": Key(
+        "resnet50",
+        schema.NAME,
+        "`resnet18`, `34`, `50`, `101`, `mobilenet_v2`, `efficientnet_lite0`, `1`, `2`, or "
+        "`module:name`, see [your own](extend.md).",
+    ),
+    "encoder_options": Key({}, schema.OPTIONS, "Fields of the encoder."),
+    "output_stride": Key(
+        8,
+        schema.choice(*OUTPUT_STRIDES),
+        "8, 16 or 32; beyond it the encoder dilates.",
+    ),
+    "multi_grid": Key(
+        None,
+        schema.or_none(_FACTORS),
+        "Factors on the dilations of ResNet's last stage, such as `(1, 2, 4)`.",
+    ),
+    "norm": Key(
+        "batch",
+        schema.choice("batch", "group"),
+        "`batch` (statistics over all devices) or `group`.",
+    ),
+    "frozen_norm": Key(False, schema.SWITCH, "BatchNorm keeps its running statistics in training."),
+    "dtype": Key(
+        "float32",
+        schema.choice(*DTYPES),
+        "Of the computation: `float32` or `bfloat16`. Parameters, losses, statistics and "
+        "propagation are float32.",
+    ),
+    "remat": Key(
+        False,
+        schema.SWITCH,
+        "Compute the encoder's blocks again in the backward pass instead of keeping them.",
+    ),
+    "decoder": Key(
+        "deeplabv3",
+        schema.NAME,
+        "`deeplabv3`, `deeplabv3plus`, `fcn`, `pspnet`, `unet`, or `module:name`.",
+    ),
+    "decoder_options": Key({}, schema.OPTIONS, "Fields of the decoder, such as `width`."),
+    "aux": Key(False, schema.SWITCH, "Have an auxiliary FCN head on the features before the last."),
+    "affinity": Key(
+        None,
+        schema.or_none(schema.OPTIONS),
+        "None for no affinity head; else its options, see below.",
+    ),
+}
 
-def default_config() -> ml_collections.ConfigDict:
-    """Every key of `config.model`: DeepLabv3 on ResNet-50, without affinity.
 
-    encoder, decoder: names, see above. encoder_options, decoder_options: fields of theirs.
-    output_stride: 8, 16 or 32. multi_grid: factors on the last stage's dilations (ResNet) or None.
-    norm: "batch" or "group". frozen_norm, remat: see `layers.Style`. dtype: of the computation,
-    "float32" or "bfloat16". aux: have an auxiliary FCN head on the features before the last.
-    affinity: None, or the options of `affinity_head.AffinityHead`; {} for its defaults.
-    """
-    return ml_collections.ConfigDict(
-        {
-            "encoder": "resnet50",
-            "encoder_options": {},
-            "output_stride": 8,
-            "multi_grid": None,
-            "norm": "batch",
-            "frozen_norm": False,
-            "dtype": "float32",
-            "remat": False,
-            "decoder": "deeplabv3",
-            "decoder_options": {},
-            "aux": False,
-            "affinity": None,
-        }
-    )
+def config_of_run(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config.model` of a whole config, without affinity head where no loss would train it."""
+    model = ml_collections.ConfigDict(config.model)
+    if not config.loss.affinity and not config.loss.refined:
+        model.affinity = None
+    return model
 
 
 class Segmenter(nn.Module):
@@ -81,7 +119,7 @@ class Segmenter(nn.Module):
             `affinity_logits` `[B, h', w', K]` or None, `aux_logits` `[B, h", w", C]` or None.
 
         Raises:
-            ValueError: `images` have another shape.
+            UserError: `images` have another shape.
         """
         x = normalise(images, self.encoder)
         features = self.encoder(x, train)
@@ -106,19 +144,19 @@ class Segmenter(nn.Module):
 def build(
     config: Mapping[str, Any], num_classes: int, *, axis_name: str | None = None
 ) -> Segmenter:
-    """Composes a Segmenter from `config.model`; keys not given take `default_config`'s values.
+    """Composes a Segmenter from `config.model`; keys not given are at their default.
 
     Args:
-        config: see `default_config`.
+        config: see `KEYS`.
         num_classes: C.
         axis_name: the mapped axis over which BatchNorm is synchronised, None for no such axis.
 
     Raises:
-        ValueError: a key, name or option that is not allowed, or two that contradict each other.
+        UserError: a key, name or option that is not allowed, or two that contradict each other.
     """
     config = _complete(config)
     if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; expected a positive integer")
+        raise UserError(f"num_classes is {num_classes}; expected a positive integer")
     style = _style(config, axis_name)
     encoder = build_encoder(
         config["encoder"],
@@ -129,11 +167,11 @@ def build(
     )
     make = lookup(decoders, config["decoder"], "decoder")
     given = {"num_classes": num_classes, "style": style, "output_stride": config["output_stride"]}
-    decoder = options.make_module(make, given, config["decoder_options"], "decoder_options")
+    decoder = module_options.make_module(make, given, config["decoder_options"], "decoder_options")
     aux = fcn.FCN(num_classes, style) if config["aux"] else None
     head = None
     if config["affinity"] is not None:
-        head = options.make_module(
+        head = module_options.make_module(
             affinity_head.AffinityHead, {"style": style}, config["affinity"], "affinity"
         )
     return Segmenter(encoder, decoder, aux, head)
@@ -147,25 +185,31 @@ def build_encoder(
     multi_grid: tuple[int, ...] | None = None,
     **encoder_options: Any,
 ) -> nn.Module:
-    """Returns the encoder of this name. Raises ValueError as `build`."""
+    """Returns the encoder of this name. Raises UserError as `build`."""
     layers.check_choice("output_stride", output_stride, OUTPUT_STRIDES)
     make = lookup(encoders, name, "encoder")
     given: dict[str, Any] = {"style": style, "output_stride": output_stride}
     if multi_grid is not None:
-        if "multi_grid" not in options.fields(make):
-            raise ValueError(f"multi_grid is {multi_grid}, but encoder {name!r} has no such option")
+        if "multi_grid" not in module_options.fields(make):
+            raise UserError(f"multi_grid is {multi_grid}, but encoder {name!r} has no such option")
         encoder_options = encoder_options | {"multi_grid": multi_grid}
-    return options.make_module(make, given, encoder_options, "encoder_options")
+    return module_options.make_module(make, given, encoder_options, "encoder_options")
+
+
+def abstract_variables(model: nn.Module, size: Sequence[int] = (64, 64)) -> Any:
+    """Shapes and dtypes of the variables; `size` is that of the images it is traced with."""
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
 def normalise(images: jax.Array, encoder: nn.Module) -> jax.Array:
     """(images - mean) / std in float32, then the dtype of the computation.
 
     Raises:
-        ValueError: `images` are not `[B, H, W, 3]`.
+        UserError: `images` are not `[B, H, W, 3]`.
     """
     if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images have shape {images.shape}; expected RGB [B, H, W, 3]")
+        raise UserError(f"images have shape {images.shape}; expected RGB [B, H, W, 3]")
     mean, std = (jnp.array(v, jnp.float32) for v in (encoder.mean, encoder.std))
     return ((images.astype(jnp.float32) - mean) / std).astype(encoder.style.dtype)
 
@@ -174,45 +218,31 @@ def lookup(package: Any, name: str, kind: str) -> Callable[..., nn.Module]:
     """Finds a variant by name in the files of `package`, or by "module:attribute" anywhere.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        UserError: there is none; the message lists those there are.
     """
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    found: dict[str, Callable[..., nn.Module]] = {}
+        return references.resolve(name, f"config.model.{kind}")
+    variants: dict[str, Callable[..., nn.Module]] = {}
     for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        found |= importlib.import_module(info.name).VARIANTS
-    if name not in found:
-        raise ValueError(
-            f"{kind} is {name!r}; allowed: {', '.join(sorted(found))}, or 'module:attribute'"
+        variants |= importlib.import_module(info.name).VARIANTS
+    if name not in variants:
+        raise UserError(
+            f"{kind} is {name!r}; allowed: {', '.join(sorted(variants))}, or 'module:attribute'"
         )
-    return found[name]
+    return variants[name]
 
 
 def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with defaults, as plain dicts."""
-    defaults = default_config().to_dict()
     given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    options.check_keys(given, list(defaults), "config.model")
-    full = defaults | given
-    for key in ("encoder", "decoder"):
-        if not isinstance(full[key], str):
-            raise ValueError(f"{key} is {full[key]!r}; expected a name")
-    for key in ("aux", "frozen_norm", "remat"):
-        if not isinstance(full[key], bool):
-            raise ValueError(f"{key} is {full[key]!r}; expected True or False")
-    for key in ("encoder_options", "decoder_options", "affinity"):
-        if not (isinstance(full[key], Mapping) or (key == "affinity" and full[key] is None)):
-            also = " or None" if key == "affinity" else ""
-            raise ValueError(f"{key} is {full[key]!r}; expected a dict of options{also}")
+    full = schema.defaults(KEYS).to_dict() | given
+    schema.check(full, KEYS, "config.model")
     return full
 
 
 def _style(config: Mapping[str, Any], axis_name: str | None) -> layers.Style:
-    layers.check_choice("norm", config["norm"], ("batch", "group"))
-    layers.check_choice("dtype", config["dtype"], DTYPES)
     if config["frozen_norm"] and config["norm"] != "batch":
-        raise ValueError(
+        raise UserError(
             f"frozen_norm is set and norm is {config['norm']!r}; only norm='batch' has statistics "
             "to freeze"
         )

@@ -5,7 +5,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from dilaff_jax import report
+from dilaff_jax.ablation import report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

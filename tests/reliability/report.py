@@ -43,11 +43,11 @@ class Report:
     def pytest_sessionfinish(self, session):
         if session.config.option.collectonly:
             return
-        from dilaff_jax import timing
+        from dilaff_jax.runtime import provenance
 
         content = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **timing.provenance("jaxlib", "numpy"),
+            **provenance.provenance("jaxlib", "numpy"),
             "modules": {name: self._module(name) for name in sorted(self._modules)},
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)

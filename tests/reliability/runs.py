@@ -4,7 +4,7 @@ import os
 import pathlib
 import time
 
-from dilaff_jax import checkpoint
+from dilaff_jax.runtime import checkpoint
 from tests import data_files
 
 # One device, and boundaries cost more than the network: what is tested here is around the numbers.

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from absl import logging
 
-from dilaff_jax import checkpoint, main, parallel, step, train
+from dilaff_jax import main, step, train
 from dilaff_jax.data import prepare
+from dilaff_jax.runtime import checkpoint, parallel
 from tests import data_files
 from tests.reliability import runs
 from tests.running import assert_bit_identical, make_config, saved
@@ -53,7 +54,7 @@ def state_at(at):
 
     params = {"conv": {"kernel": array(3, 3, 32, 64), "bias": array(64)}, "logits": array(64, 5)}
     stats = {"norm": {"mean": array(64)}}
-    window = step.Window(np.int32(at), {"total": array()}, np.eye(5, dtype=np.int32), {})
+    window = step.RunningMetrics(np.int32(at), {"total": array()}, np.eye(5, dtype=np.int32), {})
     average = {"params": jax.tree.map(np.copy, params), "batch_stats": stats}
     momentum = ({"trace": jax.tree.map(np.copy, params)}, ())
     return step.TrainState(

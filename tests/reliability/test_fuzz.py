@@ -183,7 +183,7 @@ def test_an_affinity_loss_ignores_what_is_not_valid_and_adds_over_images(name, c
     other[~valid], wrong[~valid] = cast(np.array(77.0), dtype), True
     close(loss(other, wrong, valid, 2), parts)
     one = [loss(*(x[i : i + 1] for x in (logits, target, valid)), 2) for i in range(len(labels))]
-    close(sum(one, losses.Parts(0, 0)), parts, rtol=1e-4, atol=1e-4)
+    close(sum(one, losses.LossSum(0, 0)), parts, rtol=1e-4, atol=1e-4)
 
 
 # propagate, resize, dilaff_jax.refine

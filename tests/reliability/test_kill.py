@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from dilaff_jax import checkpoint
+from dilaff_jax.runtime import checkpoint
 from tests.reliability import runs
 from tests.reliability.runs import options, wait_for
 from tests.running import assert_bit_identical, finish, lines, saved, start

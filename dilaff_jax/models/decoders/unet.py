@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from dilaff_jax.errors import UserError
 from dilaff_jax.models import layers
 
 
@@ -32,7 +33,7 @@ class UNet(nn.Module):
     def __call__(self, features: Sequence[jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns scores `[B, h, w, C]` and the features `[B, h, w, F]` they were made from."""
         if not 1 <= len(self.widths) < len(features):
-            raise ValueError(
+            raise UserError(
                 f"widths are {self.widths}; the encoder has {len(features)} feature maps, so give "
                 f"1 to {len(features) - 1} widths"
             )

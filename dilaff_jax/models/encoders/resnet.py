@@ -9,8 +9,9 @@ import functools
 import flax.linen as nn
 import jax
 
-from dilaff_jax import memory
+from dilaff_jax.errors import UserError
 from dilaff_jax.models import layers
+from dilaff_jax.models.cpu import dispatch
 
 
 class BasicBlock(nn.Module):
@@ -105,7 +106,7 @@ class ResNet(nn.Module):
                     x, train
                 )
                 if train:  # or every block of a stage would compute all before it again
-                    x = memory.written(x)
+                    x = dispatch.materialize(x)
             features.append(x)
         return tuple(features)
 
@@ -127,7 +128,7 @@ class ResNet(nn.Module):
     def _multi_grid_rates(self, dilation: int, depth: int) -> list[tuple[int, int]]:
         grid = tuple(self.multi_grid or ())
         if len(grid) != depth:
-            raise ValueError(
+            raise UserError(
                 f"multi_grid is {grid}; expected {depth} factors, one for each block of the last "
                 "stage"
             )

@@ -1,0 +1,212 @@
+"""A trained network as one file that runs without this package: StableHLO, weights inside.
+
+    python -m dilaff_jax.export WORKDIR FILE
+
+The file is a zip of program.bin, which `jax.export.deserialize` takes, and metadata.json, which
+says what goes in and comes out: classes, colours, offsets, sizes. Refinement is part of the
+program. Nothing in it is pickled. It runs on CPU, CUDA and TPU, with JAX of this and (as JAX
+promises, https://docs.jax.dev/en/latest/export/export.html) of the six months to come.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+
+from dilaff_jax import propagate, resize
+from dilaff_jax.errors import UserError
+from dilaff_jax.models.cpu import dispatch
+from dilaff_jax.runtime import files
+from dilaff_jax.serving.exported import FORMAT, METADATA, PROGRAM
+from dilaff_jax.serving.network import Network, from_run
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Of which height and width are tried to be multiples, until the network's shapes are certain.
+_MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def write(
+    network: Network,
+    path: str | os.PathLike,
+    *,
+    size: Sequence[int] | None = None,
+    platforms: Sequence[str] = PLATFORMS,
+) -> dict[str, Any]:
+    """Writes a network to a file and returns its metadata.
+
+    Batch, height and width stay open: any batch, and heights and widths that are multiples of
+    metadata["multiple"], at least metadata["minimum"]. The multiple is the least for which the
+    network's layers are certain to fit together; a residual network's is its output stride.
+
+    Args:
+        network: from `serving.network.from_run`.
+        path: of the file.
+        size: (height, width), if they are not to stay open, as a network needs that computes with
+            its sizes outside of XLA: pooling into a grid (PSPNet), sliding windows, scales.
+        platforms: on which it is to run.
+
+    Raises:
+        UserError: the network needs a `size`.
+    """
+    function = program(network)
+    multiple, minimum = (1, 1) if size else constraints(network, function)
+    exported = jax_export.export(jax.jit(function), platforms=tuple(platforms))(
+        _images(multiple, minimum, size)
+    )
+    metadata = _signature(exported) | describe(network, multiple, minimum, size)
+    with (
+        files.replacing(pathlib.Path(path)) as part,
+        zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file,
+    ):
+        file.writestr(METADATA, json.dumps(metadata, indent=1) + "\n")
+        file.writestr(PROGRAM, bytes(exported.serialize()))
+    return metadata
+
+
+def program(network: Network, platform: str = "any") -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """What is exported: images `[b, H, W, 3]` to labels, probs, logits, affinity_logits.
+
+    For one platform, "cpu", "gpu" or "tpu", its layers are those that it is fast at; "any"
+    holds those of all.
+
+    labels uint8 `[b, H, W]` and probs float32 `[b, H, W, C]` are refined, where there is a head;
+    logits `[b, h, w, C]` and affinity_logits `[b, h', w', K]` are the network's own.
+    """
+    refine = propagate.operator(**network.refine)
+
+    def run(images: jax.Array) -> dict[str, jax.Array]:
+        with dispatch.made_for(platform):
+            logits, affinity_logits = network.apply(network.variables, images)
+        size = images.shape[1:3]
+        if affinity_logits is None or network.offsets is None:
+            full = resize.bilinear(logits, size)
+            labels, probs = jnp.argmax(full, axis=-1), jax.nn.softmax(full)
+        else:
+            labels, probs = propagate.refine_logits(
+                logits, affinity_logits, network.offsets, size, refine
+            )
+        outputs = {"labels": labels.astype(jnp.uint8), "probs": probs, "logits": logits}
+        return (
+            outputs if affinity_logits is None else outputs | {"affinity_logits": affinity_logits}
+        )
+
+    return run
+
+
+def constraints(network: Network, function: Callable[..., Any]) -> tuple[int, int]:
+    """The least multiple, and the least size, for which all shapes can be decided symbolically."""
+    failure: Exception | None = None
+    for multiple in _MULTIPLES:
+        minimum = _minimum(network, multiple)
+        try:
+            jax.eval_shape(function, _images(multiple, minimum, None))
+        except Exception as e:  # JAX raises of many kinds where a shape stays open
+            failure = e
+        else:
+            return multiple, minimum
+    reason = str(failure).strip().splitlines()[0]
+    raise UserError(
+        "this network computes with its sizes in a way that cannot stay open; export it for one "
+        f"size, --size=HEIGHT,WIDTH (found: {type(failure).__name__}: {reason})"
+    )
+
+
+def _minimum(network: Network, multiple: int) -> int:
+    """The least multiple at which the longest offset still has a neighbour inside."""
+    if network.offsets is None:
+        return multiple
+    sample = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.uint8)
+    _, affinity_logits = jax.eval_shape(network.apply, network.variables, sample)
+    assert affinity_logits is not None
+    pixels = 256 // affinity_logits.shape[1] * (int(np.abs(network.offsets).max()) + 1)
+    return -(-pixels // multiple) * multiple
+
+
+def _images(multiple: int, minimum: int, size: Sequence[int] | None) -> jax.ShapeDtypeStruct:
+    """The input: open in batch, and in height and width unless `size` is given."""
+    if size is not None:
+        (batch,) = jax_export.symbolic_shape("b")
+        return jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8)
+    factor = "" if multiple == 1 else f"{multiple}*"
+    least = max(1, minimum // multiple)
+    shape = jax_export.symbolic_shape(
+        f"b, {factor}h, {factor}w, 3", constraints=[f"h >= {least}", f"w >= {least}"]
+    )
+    return jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+
+def describe(
+    network: Network, multiple: int, minimum: int, size: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """What must be known beside the program: sizes, scale, classes, offsets, refinement."""
+    return {
+        "made_with": {
+            "dilaff_jax": importlib.metadata.version("dilaff-jax"),
+            "jax": jax.__version__,
+        },
+        "multiple": multiple,
+        "minimum": minimum,
+        "size": None if size is None else [int(n) for n in size],
+        "pad_rgb": list(network.pad_rgb),
+        "resize": network.resize,
+        "classes": network.classes.to_json(),
+        "offsets": None if network.offsets is None else network.offsets.tolist(),
+        "refine": dict(network.refine),
+    }
+
+
+def _signature(exported: jax_export.Exported) -> dict[str, Any]:
+    names = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    return {
+        "format": FORMAT,
+        "platforms": list(exported.platforms),
+        "input": f"images, uint8 {exported.in_avals[0].shape}: RGB; normalised inside",
+        "outputs": {name: f"{aval.dtype} {aval.shape}" for name, aval in names.items()},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exports a run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdir", type=pathlib.Path, help="of a training")
+    parser.add_argument("file", type=pathlib.Path, help="to write")
+    parser.add_argument(
+        "--size", type=parse_size, help="HEIGHT,WIDTH, if they are not to stay open"
+    )
+    parser.add_argument("--platforms", default=",".join(PLATFORMS), help="separated by commas")
+    given = parser.parse_args(arguments)
+    try:
+        network, _, step = from_run(given.workdir)
+        platforms = given.platforms.split(",")
+        metadata = write(network, given.file, size=given.size, platforms=platforms)
+    except (UserError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(
+        f"step {step} of {given.workdir} in {given.file}, {given.file.stat().st_size / 1e6:.1f} MB"
+    )
+    print(f"input: {metadata['input']}, height and width at least {metadata['minimum']}")
+    for name, description in metadata["outputs"].items():
+        print(f"output: {name}, {description}")
+    return 0
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """HEIGHT,WIDTH as numbers."""
+    height, width = (int(n) for n in text.split(","))
+    return height, width
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""From images to logits and affinities: whole image, sliding window, several scales, flips."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dilaff_jax import propagate, resize, schema
+from dilaff_jax.schema import Key, Rule
+
+Outputs: TypeAlias = Mapping[str, Any]
+Apply: TypeAlias = Callable[[jax.Array], Outputs]
+
+
+KEYS: schema.Section = {
+    "window": Key(
+        None,
+        schema.or_none(Rule("(height, width)", schema.is_size)),
+        "(height, width) of a sliding window; None: the whole image at once.",
+    ),
+    "stride": Key(
+        2 / 3,
+        Rule("a share in (0, 1]", lambda v: schema.is_number(v) and 0 < v <= 1),
+        "Of the window, as a share of its size; 2/3 as mmsegmentation's.",
+    ),
+    "scales": Key(
+        (1.0,),
+        Rule(
+            "positive numbers, 1 among them",
+            # Affinities at another scale belong to other neighbours: they come from scale 1 alone.
+            lambda v: (
+                schema.is_sequence(v) and all(schema.is_number(x) and x > 0 for x in v) and 1.0 in v
+            ),
+        ),
+        "Of the image, 1 among them; probabilities are averaged over scales and flips.",
+    ),
+    "flip": Key(False, schema.SWITCH, "Also mirrored."),
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for an inference config that `KEYS` does not allow."""
+    schema.check(config, KEYS, "config.inference")
+
+
+def infer(
+    apply: Apply,
+    images: jax.Array,
+    offsets: np.ndarray | None,
+    config: ml_collections.ConfigDict,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns logits `[B, h, w, C]` and affinity logits `[B, h', w', K]`, None without a head.
+
+    With one scale and no flip they are the network's own, at its strides; otherwise the logits
+    are logarithms of the averaged probabilities at the size of the images.
+
+    Args:
+        apply: the network in evaluation mode.
+        images: `[B, H, W, 3]`.
+        offsets: of the affinity channels; says how they change places in a mirrored image.
+        config: see `KEYS`.
+    """
+    check(config)
+    size = images.shape[1:3]
+    flips = (False, True) if config.flip else (False,)
+    views = list(itertools.product(config.scales, flips))
+    if views == [(1.0, False)]:
+        return _one_view(apply, images, config)
+    probs, affinities = jnp.zeros(()), []
+    for scale, flip in views:
+        view = images[:, :, ::-1] if flip else images
+        scaled = tuple(max(1, round(n * scale)) for n in size)
+        logits, affinity = _one_view(apply, resize.bilinear(view, scaled), config)
+        seen = jax.nn.softmax(resize.bilinear(logits, size))
+        probs = probs + (seen[:, :, ::-1] if flip else seen)
+        if scale == 1.0 and affinity is not None:
+            affinities.append(_unflip(affinity, offsets) if flip else affinity)
+    mean = sum(affinities[1:], affinities[0]) / len(affinities) if affinities else None
+    return propagate.log_probs(probs / len(views)), mean
+
+
+def _one_view(
+    apply: Apply, images: jax.Array, config: ml_collections.ConfigDict
+) -> tuple[jax.Array, jax.Array | None]:
+    if config.window is None or _fits(images.shape[1:3], config.window):
+        outputs = apply(images)
+        return outputs["logits"], outputs["affinity_logits"]
+    return _sliding(apply, images, config.window, config.stride)
+
+
+def _fits(size: Sequence[int], window: Sequence[int]) -> bool:
+    return size[0] <= window[0] and size[1] <= window[1]
+
+
+def _sliding(
+    apply: Apply, images: jax.Array, window: Sequence[int], stride: float
+) -> tuple[jax.Array, jax.Array | None]:
+    """Averages the logits of overlapping windows; affinities likewise, on their own grid."""
+    batch, *size, _ = images.shape
+    window = tuple(min(w, n) for w, n in zip(window, size, strict=True))
+    crop = jax.ShapeDtypeStruct((batch, *window, 3), images.dtype)
+    shapes = jax.eval_shape(apply, crop)
+    affinity_shape = shapes["affinity_logits"]
+    # Windows begin on the affinity grid, so that its cells of all windows coincide.
+    cell = 1 if affinity_shape is None else -(-window[0] // affinity_shape.shape[1])
+    tops = [_starts(n, w, stride, cell) for n, w in zip(size, window, strict=True)]
+    canvas = [t[-1] + w for t, w in zip(tops, window, strict=True)]
+    padding = [(0, 0), *((0, max(0, c - n)) for c, n in zip(canvas, size, strict=True)), (0, 0)]
+    padded = jnp.pad(images, padding, mode="edge")
+    corners = np.array([(y, x) for y in tops[0] for x in tops[1]], np.int32)
+
+    def visit(sums: Any, corner: jax.Array) -> tuple[Any, None]:
+        part = jax.lax.dynamic_slice(padded, (0, *corner, 0), crop.shape)
+        outputs = apply(part)
+        logits = resize.bilinear(outputs["logits"], window)
+        new = {"logits": _add(sums["logits"], logits, corner)}
+        if affinity_shape is not None:
+            new["affinity"] = _add(sums["affinity"], outputs["affinity_logits"], corner // cell)
+        return new, None
+
+    sums = {"logits": jnp.zeros((batch, *canvas, shapes["logits"].shape[-1]))}
+    if affinity_shape is not None:
+        grid = [t[-1] // cell + n for t, n in zip(tops, affinity_shape.shape[1:3], strict=True)]
+        sums["affinity"] = jnp.zeros((batch, *grid, affinity_shape.shape[-1]))
+    sums, _ = jax.lax.scan(visit, sums, jnp.asarray(corners))
+    logits = sums["logits"] / _visits(canvas, corners, window)
+    logits = logits[:, : size[0], : size[1]]
+    if affinity_shape is None:
+        return logits, None
+    affinity = sums["affinity"] / _visits(grid, corners // cell, affinity_shape.shape[1:3])
+    rows, columns = (-(-n // cell) for n in size)
+    return logits, affinity[:, :rows, :columns]
+
+
+def _starts(size: int, window: int, stride: float, cell: int) -> list[int]:
+    """Where windows begin: every stride·window pixels, the last one where the image ends."""
+    step = max(cell, int(window * stride) // cell * cell)
+    last = -(-max(0, size - window) // cell) * cell
+    return sorted({*range(0, last, step), last})
+
+
+def _add(canvas: jax.Array, part: jax.Array, corner: jax.Array) -> jax.Array:
+    start = (0, *corner, 0)
+    before = jax.lax.dynamic_slice(canvas, start, part.shape)
+    return jax.lax.dynamic_update_slice(canvas, before + part, start)
+
+
+def _visits(size: Sequence[int], corners: np.ndarray, window: Sequence[int]) -> np.ndarray:
+    counts = np.zeros((*size, 1), np.float32)
+    for y, x in corners:
+        counts[y : y + window[0], x : x + window[1]] += 1
+    return counts
+
+
+def _unflip(affinity: jax.Array, offsets: np.ndarray | None) -> jax.Array:
+    """Mirrors affinities back: o = (u, v) seen in a mirror is (u, -v)."""
+    assert offsets is not None
+    mirrored = offsets * np.array([1, -1])
+    order = [int(np.flatnonzero((offsets == o).all(axis=1))[0]) for o in mirrored]
+    return affinity[:, :, ::-1][..., np.array(order)]

@@ -1,0 +1,154 @@
+"""The losses of a config, from what a network gives for a batch: `config.loss`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+
+from dilaff_jax import affinity, losses, propagate, resize, schema
+from dilaff_jax.errors import UserError
+from dilaff_jax.losses import LossSum
+from dilaff_jax.numerics import log_probs
+from dilaff_jax.schema import Key
+
+SEGMENTATION_LOSSES = ("cross_entropy", "ohem", "focal", "loss_max_pooling")
+AFFINITY_LOSSES = ("balanced", "bce", "focal", "ohem", "max_pooling")
+# Mining chooses what it counts by the predictions, so no count is known before the forward pass.
+MINING = ("ohem", "loss_max_pooling", "max_pooling")
+
+KEYS: schema.Section = {
+    "segmentation": Key(
+        "cross_entropy",
+        schema.choice(*SEGMENTATION_LOSSES),
+        "`cross_entropy`, `ohem`, `focal` or `loss_max_pooling`.",
+    ),
+    "segmentation_options": Key(
+        {}, schema.OPTIONS, "Its keyword arguments, such as `class_weights`."
+    ),
+    "auxiliary": Key(0.4, schema.FROM_0, "Weight of the auxiliary head's loss."),
+    "affinity": Key(1.0, schema.FROM_0, "λ; 0 is the plain baseline, without affinity head."),
+    "affinity_loss": Key(
+        "balanced",
+        schema.choice(*AFFINITY_LOSSES),
+        "`balanced`, `bce`, `focal`, `ohem` or `max_pooling`.",
+    ),
+    "affinity_options": Key({}, schema.OPTIONS, "Its keyword arguments."),
+    "affinity_class_weights": Key(
+        (),
+        schema.WEIGHTS,
+        "One for each class: pairs weigh the mean of their two classes' weights (`balanced`, "
+        "`bce`, `focal`).",
+    ),
+    "soft_targets": Key(
+        False, schema.SWITCH, "Affinity targets from area-pooled labels instead of the nearest."
+    ),
+    "aaf": Key(0.0, schema.FROM_0, "Weight of the Adaptive Affinity Fields loss, a baseline."),
+    "refined": Key(
+        0.0,
+        schema.FROM_0,
+        "Weight of the cross-entropy of the refined segmentation: training through the "
+        "propagation.",
+    ),
+}
+
+
+class Objective:
+    """The losses of one config.
+
+    Args:
+        config: the whole config.
+        model: a `Segmenter`.
+
+    Attributes:
+        weights: {term: weight} of the terms that this config has.
+
+    Raises:
+        UserError: options of `config.loss` that are unknown or contradict each other.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, model: nn.Module) -> None:
+        self._config, self._offsets = config.loss, model.offsets
+        self._refine = propagate.operator(**config.refine)
+        weights = {
+            "segmentation": 1.0,
+            "auxiliary": config.loss.auxiliary if config.model.aux else 0.0,
+            "affinity": config.loss.affinity,
+            "aaf": config.loss.aaf,
+            "refined": config.loss.refined,
+        }
+        self.weights = {term: weight for term, weight in weights.items() if weight}
+        self._check(config)
+
+    def __call__(self, outputs: Mapping[str, Any], labels: jax.Array) -> dict[str, LossSum]:
+        """Returns sum and count of every term. labels: `[b, H, W]`, at full resolution."""
+        logits = outputs["logits"]
+        terms = {"segmentation": self._segmentation(logits, labels)}
+        if "auxiliary" in self.weights:
+            terms["auxiliary"] = losses.upsampled_loss(
+                losses.cross_entropy, outputs["aux_logits"], labels
+            )
+        if "affinity" in self.weights:
+            terms["affinity"] = self._affinity(outputs["affinity_logits"], labels, logits.shape[-1])
+        if "aaf" in self.weights:
+            coarse = affinity.downsample_labels(labels, logits.shape[1:3])
+            terms["aaf"] = losses.adaptive_affinity_fields(logits, coarse)
+        if "refined" in self.weights:
+            _, probs = propagate.refine_logits(
+                logits,
+                outputs["affinity_logits"],
+                self._offsets,
+                labels.shape[1:3],
+                self._refine,
+            )
+            # Cross-entropy of log p is that of p: softmax(log p) = p.
+            terms["refined"] = losses.cross_entropy(log_probs(probs), labels)
+        return terms
+
+    def _segmentation(self, logits: jax.Array, labels: jax.Array) -> LossSum:
+        name, options = self._config.segmentation, self._config.segmentation_options
+        loss = getattr(losses, name)
+        if name in MINING:
+            return loss(resize.bilinear(logits, labels.shape[1:3]), labels, **options)
+        return losses.upsampled_loss(loss, logits, labels, **options)
+
+    def _affinity(self, logits: jax.Array, labels: jax.Array, num_classes: int) -> LossSum:
+        grid = logits.shape[1:3]
+        coarse = affinity.downsample_labels(labels, grid)
+        if self._config.soft_targets:
+            target, valid = affinity.soft_targets(labels, self._offsets, grid, num_classes)
+        else:
+            target, valid = affinity.targets(coarse, self._offsets)
+        dilations = len(affinity.distinct_dilations(self._offsets))
+        loss = getattr(losses, f"affinity_{self._config.affinity_loss}")
+        options = dict(self._config.affinity_options)
+        weights = self._config.affinity_class_weights
+        if weights:
+            if len(weights) != num_classes:
+                raise UserError(
+                    f"loss.affinity_class_weights has {len(weights)} numbers; expected one for "
+                    f"each of {num_classes} classes, or () for none"
+                )
+            options["weights"] = affinity.pair_weights(coarse, self._offsets, weights)
+        return loss(logits, target, valid, dilations, **options)
+
+    def _check(self, config: ml_collections.ConfigDict) -> None:
+        loss = config.loss
+        schema.check(loss, KEYS, "config.loss")
+        if self._offsets is None and {"affinity", "refined"} & self.weights.keys():
+            raise UserError(
+                "loss.affinity and loss.refined need an affinity head: set model.affinity, {} for "
+                "its defaults, or set both to 0 for the plain baseline"
+            )
+        if loss.affinity_class_weights and loss.affinity_loss in MINING:
+            raise UserError(
+                f"loss.affinity_loss {loss.affinity_loss!r} mines its edges and takes no "
+                "loss.affinity_class_weights; use 'balanced', 'bce' or 'focal', or set ()"
+            )
+        accumulate, used = config.optim.accumulate, (loss.segmentation, loss.affinity_loss)
+        if accumulate > 1 and any(name in MINING for name in used):
+            raise UserError(
+                f"optim.accumulate is {accumulate} and a loss of {used} mines by the predictions; "
+                "its count is not known before all microbatches are seen: use accumulate=1"
+            )

@@ -1,0 +1,263 @@
+"""Whether a config fits a machine, and what it can reach there at best, before it is rented.
+
+    python -m dilaff_jax.main --mode preflight --topology v5e:4x4 --config ... --workdir DIR
+
+The real training step, evaluation step and propagation are compiled ahead of time, for a TPU slice
+that need not be there or for the devices of this machine; no data set is needed. The floor of a
+step's time is the largest of arithmetic / peak FLOP/s, memory traffic / bandwidth and collectives /
+interconnect: nothing runs faster, most things run slower.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from dilaff_jax import optim
+from dilaff_jax.data import datasets, pipeline
+from dilaff_jax.eval_step import EvalStep
+from dilaff_jax.models import segmenter
+from dilaff_jax.preflight import chips
+from dilaff_jax.preflight.chips import GIB, Chip
+from dilaff_jax.preflight.footprint import Footprint, available, measure, table
+from dilaff_jax.runtime.parallel import AXIS, Devices
+from dilaff_jax.step import TrainStep
+
+# The search for the largest batch ends when it is known to this share.
+_RESOLUTION = 1 / 16
+_MOST_COMPILATIONS = 8
+_FARTHEST = 8
+TRAIN = "training step"
+
+
+class Programs:
+    """The programs of a run, lowered for given devices from shapes alone.
+
+    Args:
+        config: the whole config.
+        num_classes: C.
+        eval_size: (height, width) of evaluation images.
+        devices: mapped by shard_map.
+
+    Raises:
+        UserError: the config cannot be.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        num_classes: int,
+        eval_size: tuple[int, int],
+        devices: Devices,
+    ) -> None:
+        self._config, self._devices, self._eval_size = config, devices, eval_size
+        self._model = segmenter.build(segmenter.config_of_run(config), num_classes, axis_name=AXIS)
+        tx, _ = optim.optimiser(config.optim, config.num_steps)
+        self._train = TrainStep(config, self._model, num_classes, tx)
+        self._eval = EvalStep(config, self._model, num_classes)
+        shape = (1, *config.data.crop_size, 3)
+        self._state = jax.eval_shape(lambda: self._train.init(shape))
+
+    def all(self, rows: int) -> dict[str, tuple[Callable[[int], Any], int]]:
+        """{name: (what lowers it, images a device)}; the training step with `rows`."""
+        evaluated = -(-self._config.eval.batch_size // self._devices.total)
+        programs: dict[str, tuple[Callable[[int], Any], int]]
+        programs = {TRAIN: (self.train_step, rows), "eval step": (self.eval_step, evaluated)}
+        if self._model.offsets is not None:
+            programs["propagation"] = (self.propagation, evaluated)
+        return programs
+
+    def train_step(self, rows: int) -> Any:
+        """The training step with `rows` images a device, lowered."""
+        program = self._devices.map(self._train, out="replicated", donate=True)
+        return self._lower(program, self._state, self._batch(rows, self._config.data.crop_size))
+
+    def eval_step(self, rows: int) -> Any:
+        """The evaluation step, lowered."""
+        program = self._devices.map(self._eval, out=("replicated", "sharded"))
+        return self._lower(program, self._state.evaluated, self._batch(rows, self._eval_size))
+
+    def propagation(self, rows: int) -> Any:
+        """The refinement alone, from logits to labels, lowered."""
+        outputs = jax.eval_shape(
+            lambda variables, x: self._model.apply(variables, x, train=False),
+            self._state.evaluated,
+            self._batch(rows, self._eval_size)["image"],
+        )
+        maps = {name: outputs[name] for name in ("logits", "affinity_logits")}
+
+        def program(_: Any, x: dict[str, jax.Array]) -> jax.Array:
+            return self._eval.propagate(x["logits"], x["affinity_logits"], self._eval_size)
+
+        return self._lower(self._devices.map(program, out="sharded"), (), maps)
+
+    def _batch(self, rows: int, size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (rows * self._devices.total, *size)
+        return {
+            "image": jax.ShapeDtypeStruct((*shape, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct(shape, jnp.uint8),
+        }
+
+    def _lower(self, program: Any, state: Any, batch: Any) -> Any:
+        placed = self._devices.abstract(state), self._devices.abstract(batch, "sharded")
+        platform = self._devices.local[0].platform
+        return program.trace(*placed).lower(lowering_platforms=(platform,))
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    topology: str,
+    *,
+    classes: int = 0,
+    search: bool = True,
+) -> dict[str, Any]:
+    """Compiles, prints the table, writes WORKDIR/preflight.json and returns its content.
+
+    Args:
+        config: the whole config; its batch sizes are of all devices together.
+        workdir: where the report goes.
+        topology: a TPU slice such as "v5e:4x4", or "auto" for the devices of this machine.
+        classes: how many, where neither the data set's builder nor its prepared files say.
+        search: find the largest batch that fits, which takes some three compilations more.
+
+    Raises:
+        UserError: the config, the topology or the number of classes cannot be.
+    """
+    if topology != "auto":
+        # The TPU compiler is used as a library; this machine has no such device to start.
+        jax.config.update("jax_platforms", "cpu")
+    slice_devices = chips.devices(topology)
+    chip, count = chips.of(slice_devices[0]), len(slice_devices)
+    devices = Devices("shard_map", compile_for=slice_devices)
+    programs = Programs(config, *_classes_and_size(config, classes), devices)
+    print(_heading(topology, chip, count), flush=True)
+
+    footprints: dict[str, Footprint] = {}
+    limit, parts = _limit(chip, slice_devices), config.optim.accumulate
+    each = devices.per_process(config.batch_size) // count
+    for name, (lower, rows) in programs.all(each).items():
+        repeats = parts if name == TRAIN else 1
+        footprints[name] = measure(name, lower, rows, limit, repeats)
+    print(table(footprints, chip, count), flush=True)
+    report = {
+        "topology": topology,
+        "devices": count,
+        "chip": dataclasses.asdict(chip),
+        "jax": jax.__version__,
+        "config": json.loads(config.to_json_best_effort()),
+        "programs": {n: f.record(chip, count) for n, f in footprints.items()},
+    }
+    print(f"written: {_write(workdir, report)}", flush=True)
+    if not search:
+        return report
+    # Last, because it takes longest: whoever has seen enough may stop it here.
+    print("searching the largest batch that fits (Ctrl-C to do without)", flush=True)
+    fits, fails = largest(
+        lambda rows: measure(TRAIN, programs.train_step, rows, limit, parts),
+        footprints[TRAIN],
+        parts,
+    )
+    print(_verdict(fits, fails, count), flush=True)
+    report["largest_batch_per_device"] = {
+        "fits": fits and fits.record(chip, count),
+        "does_not_fit": fails and fails.record(chip, count),
+    }
+    _write(workdir, report)
+    return report
+
+
+def largest(
+    need: Callable[[int], Footprint], first: Footprint, unit: int = 1
+) -> tuple[Footprint | None, Footprint | None]:
+    """Finds the largest batch that fits and the smallest found that does not, to 1/16.
+
+    Memory is taken as affine in the batch, through the two sizes measured that are nearest to the
+    limit; what follows from it is compiled, and the next size too.
+
+    Args:
+        need: measures a number of images a device.
+        first: what is known already.
+        unit: the images a device are a multiple of this.
+
+    Returns:
+        None for a bound that was not met.
+    """
+    known = [first]
+    while True:
+        fits = max((f for f in known if f.fits), key=lambda f: f.rows, default=None)
+        fails = min((f for f in known if not f.fits), key=lambda f: f.rows, default=None)
+        low = fits.rows if fits else 0
+        close = fails is not None and fails.rows - low <= max(unit, low * _RESOLUTION)
+        if close or first.limit is None or len(known) == _MOST_COMPILATIONS:
+            return fits, fails
+        # A line is not trusted too far beyond what was measured.
+        rows = min(max(_predict(known, unit), low + unit), _FARTHEST * max(f.rows for f in known))
+        known.append(need(min(rows, fails.rows - unit) if fails else rows))
+
+
+def _predict(known: list[Footprint], unit: int) -> int:
+    """The largest multiple of `unit` for which the line through two measurements leaves room."""
+    limit = min(f.limit for f in known if f.limit is not None)
+    near, *others = sorted(known, key=lambda f: abs(f.memory - limit))
+    rows = near.rows * limit / near.memory
+    if others:
+        slope = (near.memory - others[0].memory) / (near.rows - others[0].rows)
+        rows = near.rows + (limit - near.memory) / slope if slope > 0 else rows
+    return max(unit, int(rows) // unit * unit)
+
+
+def _limit(chip: Chip, devices: list[Any]) -> float | None:
+    """Memory for one device's program; the CPU "devices" of a machine share its memory."""
+    if devices[0].platform == "tpu":
+        return available(devices[0])
+    if devices[0].platform == "cpu" and chip.memory:
+        return chip.memory / len(devices)
+    return (devices[0].memory_stats() or {}).get("bytes_limit", chip.memory)
+
+
+def _classes_and_size(
+    config: ml_collections.ConfigDict, classes: int
+) -> tuple[int, tuple[int, int]]:
+    """Classes and size of evaluation images, from the data set if it is prepared."""
+    data = config.data
+    try:
+        source = datasets.load(data, data.eval_split)
+    except ValueError:
+        names = datasets.builder_class(data.dataset.partition("/")[0]).class_names
+        if not (classes or names):
+            raise  # only the files of this data set say how many classes there are
+        size = tuple(data.eval_size or data.crop_size)
+        print(f"{data.dataset} is not prepared: evaluation is taken at {size[0]}x{size[1]}")
+        return classes or len(names), size
+    return classes or source.num_classes, pipeline.eval_size(data, source)
+
+
+def _heading(topology: str, chip: Chip, count: int) -> str:
+    memory = "memory unknown" if chip.memory is None else f"{chip.memory / GIB:.0f} GiB"
+    peaks = ""
+    if chip.flops and chip.bandwidth:
+        peaks = f", {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s"
+    return f"{topology}: {count} x {chip.name}, each {memory}{peaks}"
+
+
+def _verdict(fits: Footprint | None, fails: Footprint | None, devices: int) -> str:
+    too_much = f"{fails.rows} need {fails.memory / GIB:.2f} GiB" if fails else "no more were tried"
+    if fits is None:
+        return f"no batch fits: {too_much}"
+    return (
+        f"largest batch that fits: {fits.rows} images a device, {fits.rows * devices} in all "
+        f"({fits.memory / GIB:.2f} GiB); {too_much}"
+    )
+
+
+def _write(workdir: pathlib.Path, report: dict[str, Any]) -> pathlib.Path:
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "preflight.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path

@@ -1,0 +1,11 @@
+"""What a run needs around its numbers: processes and devices, checkpoints, reports, locks, signals.
+
+parallel.py     processes and devices; mapping a per-device program over them
+checkpoint.py   saving and restoring; the only file that knows Orbax
+reporting.py    metrics.jsonl, TensorBoard, progress, tables
+files.py        files that are replaced at once, or not at all
+locks.py        who works in a folder is alone
+preemption.py   requests to stop: what is done is saved first
+provenance.py   with what and where a number was made
+cost.py         parameters, FLOPs, memory and time of a program
+"""

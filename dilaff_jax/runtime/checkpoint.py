@@ -1,0 +1,343 @@
+"""Saving and restoring, by Orbax: one checkpoint holds {state, position of the data, metrics}.
+
+No other file knows Orbax. A checkpoint that cannot be read is set aside and the one before it is
+taken; one that belongs to another model is an error. Nothing is ever unpickled.
+
+Orbax's format notices damage to its structure, not to the numbers: a byte that flips on disk gives
+other weights. So every checkpoint also holds the digest of what was saved, within its data item and
+hence written and committed with the rest, and it is compared with what is restored.
+"""
+
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from dilaff_jax.errors import UserError
+from dilaff_jax.runtime.parallel import Devices
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`; written in the background.
+
+    Args:
+        directory: created where it does not exist.
+        devices: how the state lies on them.
+        keep_latest: how many of the latest are kept, at least 1; the best one is kept besides.
+    """
+
+    def __init__(self, directory: pathlib.Path, devices: Devices, *, keep_latest: int = 2) -> None:
+        self._devices, self._directory = devices, directory.resolve()
+        # Here, because Orbax would only find out at the first save.
+        self._directory.mkdir(parents=True, exist_ok=True)
+        # Orbax reads all scores before anything else; without its own, `restore` refuses one.
+        _set_aside([file for file, _ in _unreadable_scores(self._directory)])
+        policy = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(keep_latest),
+                policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            item_handlers=_handlers(),
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_score, preservation_policy=policy, cleanup_tmp_directories=True
+            ),
+        )
+
+    def save(self, step: int, state: Any, iterator: Any, score: float | None = None) -> None:
+        """Starts writing; returns when the state has been copied off the devices.
+
+        score: of this step's evaluation, if there was one; the highest marks the best checkpoint.
+
+        Raises:
+            OSError: this one, or the one before in the background, could not be written.
+        """
+        position = iterator.get_state()
+        data = {"position": position, "digest": _digest(state, position, score)}
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(_to_global(self._devices, state)),
+            data=ocp.args.JsonSave(data),
+        )
+        scores = None if score is None else {"score": score}
+        with _writing(self._directory):
+            self._manager.save(step, args=arguments, metrics=scores, force=True)
+
+    def restore(self, abstract: Any, iterator: Any) -> tuple[int, Any] | None:
+        """Returns (step, state) of the newest checkpoint that can be read, or None without any.
+
+        Sets the position of `iterator` to the one saved with it.
+
+        Args:
+            abstract: the state's shapes and dtypes, from `jax.eval_shape`.
+            iterator: the training data's.
+
+        Raises:
+            UserError: the checkpoint belongs to another model or configuration.
+            OSError: there are checkpoints, and none can be read.
+        """
+        failed = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            self._check_structure(step, abstract)
+            try:
+                return step, self._read(step, abstract, iterator)
+            except Exception as e:  # Orbax raises whatever the file system or the codec raised
+                failed.append(f"{self._directory / str(step)} ({_reason(e)})")
+                logging.warning("checkpoint %s cannot be read; trying the one before", failed[-1])
+        if failed:
+            raise OSError(
+                f"no checkpoint can be read: {'; '.join(failed)}. Nothing was changed; move the "
+                "folder away to start afresh, or restore it from a copy"
+            )
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Sets aside what is newer than `step` and could not be read, as NAME.unreadable."""
+        newer = [s for s in self._manager.all_steps() if s > step]
+        _set_aside([self._directory / str(s) for s in newer])
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits, then releases the writer's threads; raises OSError as `save`."""
+        with _writing(self._directory):
+            self._manager.close()
+
+    def _read(self, step: int, abstract: Any, iterator: Any) -> Any:
+        target = self._devices.abstract(abstract)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        data, state = restored["data"], _from_global(self._devices, restored["state"])
+        position = data.get("position", data)  # without a digest the data item is the position
+        digest = _digest(state, position, _score_of(self._manager, step))
+        _check_digest(digest, data, self._directory / str(step))
+        iterator.set_state(position)
+        return state
+
+    def _check_structure(self, step: int, abstract: Any) -> None:
+        try:
+            shapes = _shapes(self._manager.item_metadata(step)["state"]["params"])
+        except Exception:  # unreadable; `restore` goes on to the one before
+            return
+        _check_same(shapes, _shapes(abstract.params), self._directory / str(step))
+
+
+def latest_step(workdir: pathlib.Path) -> int | None:
+    """The step of the newest finished checkpoint of a run, None without any."""
+    folder = workdir.resolve() / "checkpoints"
+    if not folder.is_dir():
+        return None
+    return max(ocp.utils.checkpoint_steps(folder), default=None)
+
+
+def read_variables(
+    workdir: pathlib.Path, like: Mapping[str, Any], *, latest: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """Returns step and {params, batch_stats} of the best (else the latest) checkpoint of a run.
+
+    Args:
+        workdir: of the run.
+        like: variables of the model, for their structure.
+        latest: take the latest, whatever its score.
+
+    Raises:
+        FileNotFoundError: `workdir` has no checkpoint.
+        UserError: the checkpoint is of another model, or damaged.
+    """
+    folder = workdir.resolve() / "checkpoints"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{workdir} holds no checkpoints: {folder} does not exist")
+    for file, reason in _unreadable_scores(folder):
+        raise _damaged(file.parents[1], f"its score: {reason}")
+    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_score)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
+    try:
+        reader = ocp.CheckpointManager(folder, item_handlers=_handlers(), options=options)
+    finally:
+        logging.set_verbosity(verbosity)
+    with reader as manager:
+        step = None if latest else manager.best_step()
+        step = manager.latest_step() if step is None else step
+        if step is None:
+            raise FileNotFoundError(f"{workdir} holds no finished checkpoint")
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        try:
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                manager.item_metadata(step)["state"],
+                is_leaf=lambda x: hasattr(x, "shape"),
+            )
+            arguments = ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+            )
+            restored = manager.restore(step, args=arguments)
+            state, data = restored["state"], restored["data"]
+            digest = _digest(state, data.get("position", data), _score_of(manager, step))
+            _check_digest(digest, data, folder / str(step))
+        except Exception as e:  # whatever the file system or the codec raised
+            raise _damaged(folder / str(step), _reason(e)) from e
+    variables = state["average"] or {k: state[k] for k in ("params", "batch_stats")}
+    _check_same(_shapes(variables), _shapes(dict(like)), folder / str(step))
+    return step, {k: variables[k] for k in like}
+
+
+def _to_global(devices: Devices, tree: Any) -> Any:
+    """Replicated state as arrays that all processes share, the form in which it is saved."""
+    if devices.mode == "shard_map" or jax.process_count() == 1:
+        return tree
+    return jax.tree.map(ocp.utils.fully_replicated_host_local_array_to_global_array, tree)
+
+
+def _from_global(devices: Devices, tree: Any) -> Any:
+    """The inverse of `_to_global`, for what was restored."""
+    if devices.mode == "shard_map" or jax.process_count() == 1:
+        return tree
+    return devices.replicate(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree))
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+    # Named at the start, so that what a checkpoint holds can be asked before it is restored.
+    return {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
+
+
+def _check_same(
+    stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], path: pathlib.Path
+) -> None:
+    """Raises UserError listing where a checkpoint's parameters are not those of the model."""
+    lines = [
+        f"  {name}: checkpoint {stored.get(name, 'absent')}, model {wanted.get(name, 'absent')}"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if lines:
+        raise UserError(
+            f"{path} was written by another model; {len(lines)} parameters differ:\n"
+            + "\n".join(lines[:10])
+            + "\nuse the config it was written with, or another workdir"
+        )
+
+
+@contextlib.contextmanager
+def _writing(directory: pathlib.Path) -> Iterator[None]:
+    """Names the folder, and what to do, where Orbax raises whatever the file system raised."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # another process is gone, or a device: no matter of files
+        raise
+    except Exception as e:
+        raise OSError(
+            f"a checkpoint could not be written to {directory} ({_reason(e)}). Those before it "
+            "stay; make room, or mend what keeps the folder from being written, and run again"
+        ) from e
+
+
+def _digest(state: Any, position: Any, score: float | None) -> dict[str, str]:
+    """CRC-32 of every array of a state, of the data's position and of the score, by name.
+
+    Any change within 32 bits is found, another one but for 1 in 2³². Costs one copy of the state
+    to the host; state on several devices or hosts is the same on all, so each takes its own.
+    """
+
+    def crc(array: Any) -> str:
+        value = np.ascontiguousarray(array)
+        return f"{zlib.crc32(value.reshape(-1).view(np.uint8).data):08x}"
+
+    arrays = _named(jax.device_get(state))
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib leaves the interpreter free
+        sums = dict(zip(arrays, pool.map(crc, arrays.values()), strict=True))
+    for name, value in (("data position", position), ("score", score)):
+        sums[name] = crc(np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8))
+    return sums
+
+
+def _check_digest(computed: dict[str, str], data: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Raises UserError where something is not what was saved; warns if that cannot be known."""
+    if "digest" not in data and "position" not in data:
+        logging.warning(
+            "%s was written without a digest, by an older version: whether its numbers are still "
+            "those that were saved cannot be known",
+            path,
+        )
+        return
+    wanted = data["digest"]
+    changed = sorted(k for k in computed.keys() | wanted.keys() if computed.get(k) != wanted.get(k))
+    if changed:
+        raise UserError(
+            f"not what was saved: {', '.join(changed[:3])}"
+            + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        )
+
+
+def _unreadable_scores(directory: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
+    """Files with a score that is none, and why."""
+    unreadable = []
+    for file in sorted(directory.glob("*/metrics/metrics")):
+        try:
+            if file.parents[1].name.isdigit():
+                float(_score(json.loads(file.read_text())))
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            unreadable.append((file, _reason(e)))
+            logging.warning("the score in %s cannot be read (%s)", *unreadable[-1])
+    return unreadable
+
+
+def _set_aside(paths: list[pathlib.Path]) -> None:
+    """Renames files or folders to NAME.unreadable, for all processes at once."""
+    if jax.process_index() == 0:
+        for path in paths:
+            names = (f"{path.name}.unreadable{n or ''}" for n in itertools.count())
+            free = (p for p in map(path.with_name, names) if not p.exists())
+            logging.warning("%s is set aside as %s", path, path.rename(next(free)).name)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("what cannot be read is set aside")
+
+
+def _score_of(manager: ocp.CheckpointManager, step: int) -> float | None:
+    metrics = manager.metrics(step)
+    return None if metrics is None else _score(metrics)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _damaged(path: pathlib.Path, reason: str) -> UserError:
+    return UserError(
+        f"checkpoint {path} cannot be read ({reason}); restore it from a copy, or move that folder "
+        "away: then another checkpoint is taken"
+    )
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves by name, PART/.../PART; the same for a state and for what Orbax makes of it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+
+    def part(key: Any) -> str:
+        return str(next(getattr(key, k) for k in ("key", "name", "idx") if hasattr(key, k)))
+
+    return {"/".join(map(part, path)): leaf for path, leaf in leaves}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}

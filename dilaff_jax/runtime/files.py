@@ -1,0 +1,33 @@
+"""Files that are replaced at once: whoever reads sees the old content or the new, never a part."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, *, keep_suffix: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a path beside `path`, to be written to; it takes the place of `path` at the end.
+
+    Where the writing fails, what was written is removed and `path` stays as it was. A process that
+    is killed leaves NAME.part, which the next one writes over.
+
+    Args:
+        path: its folder is made where it does not exist.
+        keep_suffix: NAME.part.SUFFIX, for writers that choose a format by the suffix.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{path.stem}.part{path.suffix}" if keep_suffix else f"{path.name}.part"
+    part = path.with_name(name)
+    try:
+        yield part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(path)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file, UTF-8, see `replacing`."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")

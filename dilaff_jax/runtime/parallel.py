@@ -1,0 +1,236 @@
+"""Processes and devices: start, mapping a per-device program, placing state and batches.
+
+A program is written for one device; its collectives run over the axis `AXIS`. `Devices.map` turns
+it into one over all devices, by `jax.pmap` or by `jax.shard_map`: the numbers are the same.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dilaff_jax import schema
+from dilaff_jax.errors import UserError
+from dilaff_jax.schema import Key
+
+AXIS = "batch"
+MODES = ("pmap", "shard_map")
+
+KEYS: schema.Section = {
+    "mode": Key("pmap", schema.choice(*MODES), "`pmap` or `shard_map`; the numbers are the same."),
+    "devices": Key(0, schema.WHOLE, "Of each process; 0: all."),
+    "coordinator": Key(
+        "",
+        schema.TEXT,
+        "HOST:PORT of process 0, `auto` on Cloud TPU, GKE and SLURM, or empty, see "
+        "[several hosts](multi_host.md).",
+    ),
+    "num_processes": Key(0, schema.WHOLE, "How many there are."),
+    "process_id": Key(-1, schema.at_least(-1, "-1 for none, or 0 and more"), "This one, from 0."),
+    "heartbeat": Key(
+        100,
+        schema.COUNT,
+        "Seconds of silence after which a process is taken for dead, and the others end.",
+    ),
+}
+# Those that `initialize` takes.
+PROCESS_KEYS = ("coordinator", "num_processes", "process_id", "heartbeat")
+Mode: TypeAlias = Literal["pmap", "shard_map"]
+Placement: TypeAlias = str | tuple[str, ...]
+
+
+def initialize(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, heartbeat: int = 100
+) -> None:
+    """Joins the other processes, if there are any; must run before JAX is used.
+
+    Args:
+        coordinator: HOST:PORT of process 0; "" reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+            JAX_PROCESS_ID, and where they are unset stays alone; "auto" asks the cluster (Cloud
+            TPU, GKE, SLURM).
+        num_processes: how many there are.
+        process_id: this one, from 0.
+        heartbeat: seconds of silence after which a process is taken for dead and the others end.
+
+    Raises:
+        UserError: some but not all of the three are known; an address that is none.
+    """
+    if coordinator == "auto":
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
+        return
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    count = num_processes or int(os.environ.get("JAX_NUM_PROCESSES", 0))
+    index = process_id if process_id >= 0 else int(os.environ.get("JAX_PROCESS_ID", -1))
+    if not address and count <= 1:
+        return
+    if not address or not 0 <= index < count:
+        raise UserError(
+            f"found coordinator {address!r}, num_processes {count}, process_id {index}; several "
+            "processes need all three, with 0 <= process_id < num_processes: set them in "
+            "config.parallel, or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+        )
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(
+            f"found coordinator {address!r}; expected HOST:PORT of process 0, such as "
+            "10.0.0.2:8476, or 'auto' on a cluster that JAX knows"
+        )
+    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=heartbeat)
+
+
+class Devices:
+    """The devices of this run and what is done with them.
+
+    Args:
+        mode: how programs are mapped.
+        count: use this many of each process's devices; 0 for all.
+        compile_for: devices of a slice that is not there, to compile programs for it ("shard_map"
+            only); they are then the devices of this run.
+
+    Raises:
+        UserError: an unknown mode, or more devices asked for than there are.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "pmap",
+        count: int = 0,
+        compile_for: Sequence[jax.Device] | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise UserError(f"parallel.mode is {mode!r}; expected 'pmap' or 'shard_map'")
+        if compile_for is not None and mode != "shard_map":
+            raise UserError(f"parallel.mode is {mode!r}; devices to compile for need 'shard_map'")
+        local = jax.local_devices() if compile_for is None else list(compile_for)
+        if count < 0 or count > len(local):
+            raise UserError(
+                f"parallel.devices is {count}; this process has {len(local)} devices (0 for all)"
+            )
+        self.mode = mode
+        self.local = local[: count or None]
+        every = [
+            d
+            for process in range(jax.process_count())
+            for d in [d for d in jax.devices() if d.process_index == process][: count or None]
+        ]
+        if compile_for is not None:
+            every = self.local
+        self.total = len(every)
+        self._all = every
+        # pmap's state is placed on the devices of this process, shard_map's on those of all.
+        self._mesh = Mesh(np.array(self.local if mode == "pmap" else every), (AXIS,))
+
+    def map(self, program: Callable[..., Any], *, out: Placement, donate: bool = False) -> Any:
+        """Maps `program(state, batch)` over all devices.
+
+        Args:
+            program: gets the whole state and this device's rows of the batch.
+            out: "replicated" or "sharded", or a tuple of these for a program that returns a tuple.
+            donate: give the state's memory to the result. The state must lie where `replicate`
+                puts it.
+        """
+        donated = (0,) if donate else ()
+        if self.mode == "pmap":
+            axes = jax.tree.map({"replicated": None, "sharded": 0}.get, out)
+            return jax.pmap(
+                program,
+                axis_name=AXIS,
+                in_axes=(None, 0),
+                out_axes=axes,
+                donate_argnums=donated,
+                devices=self._all,
+            )
+        specs = jax.tree.map(
+            {"replicated": PartitionSpec(), "sharded": PartitionSpec(AXIS)}.__getitem__, out
+        )
+        # check_vma=False: with it the gradients of replicated parameters arrive already summed, and
+        # the program's own psum would count them once more for every device.
+        mapped = jax.shard_map(
+            program,
+            mesh=self._mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            out_specs=specs,
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=donated)
+
+    def replicate(self, tree: Any) -> Any:
+        """Places `tree` on every device; what lies there already stays."""
+        sharding = NamedSharding(self._mesh, PartitionSpec())
+        if self.mode == "pmap" or jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+
+        def place(x: Any) -> jax.Array:
+            if isinstance(x, jax.Array) and not x.is_fully_addressable:
+                return x
+            value = np.asarray(x)
+            return jax.make_array_from_callback(value.shape, sharding, lambda _: value)
+
+        return jax.tree.map(place, tree)
+
+    def shard(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Places this process's rows `[b, ...]`: each device gets b / (local devices) of them.
+
+        Raises:
+            UserError: b is not a multiple of the number of local devices.
+        """
+        return {name: self._shard(name, np.asarray(rows)) for name, rows in batch.items()}
+
+    def local_rows(self, array: jax.Array) -> np.ndarray:
+        """Fetches a "sharded" result's rows of this process, in the order of the batch."""
+        if self.mode == "pmap":
+            rows = jax.device_get(array)
+            # Not -1: maps of edges have no channels without a head, so no size to infer it from.
+            return rows.reshape(rows.shape[0] * rows.shape[1], *rows.shape[2:])
+        shards = sorted(array.addressable_shards, key=lambda s: s.index[0].start or 0)
+        return np.concatenate([np.asarray(s.data) for s in shards])
+
+    def abstract(self, tree: Any, placement: str = "replicated") -> Any:
+        """Gives shapes and dtypes the placement of restored arrays, or of a "sharded" batch."""
+        mesh = self._mesh if jax.process_count() == 1 else Mesh(np.array(self._all), (AXIS,))
+        spec = PartitionSpec(AXIS) if placement == "sharded" else PartitionSpec()
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    def per_process(self, batch_size: int) -> int:
+        """Rows of a global batch that this process reads.
+
+        Raises:
+            UserError: the batch cannot be divided evenly over the devices.
+        """
+        if batch_size < 1 or batch_size % self.total:
+            raise UserError(
+                f"batch_size is {batch_size}; {self.total} devices need a multiple of {self.total}"
+            )
+        return batch_size // jax.process_count()
+
+    def _shard(self, name: str, rows: np.ndarray) -> Any:
+        each, rest = divmod(len(rows), len(self.local))
+        if rest:
+            raise UserError(
+                f"{name} has {len(rows)} rows; {len(self.local)} local devices need a multiple"
+            )
+        if self.mode == "pmap":
+            return rows.reshape(len(self.local), each, *rows.shape[1:])
+        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+
+def sum_over_processes(tree: Any) -> Any:
+    """Adds NumPy arrays of one shape over all processes; 64-bit integers exactly."""
+    if jax.process_count() == 1:
+        return tree
+
+    def add(x: np.ndarray) -> np.ndarray:
+        # As bytes, because JAX would cut 64-bit numbers down to 32.
+        own = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+        gathered = multihost_utils.process_allgather(own)
+        return np.asarray(gathered).view(x.dtype).reshape(-1, *x.shape).sum(axis=0)
+
+    return jax.tree.map(add, tree)

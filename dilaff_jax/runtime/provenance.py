@@ -1,0 +1,46 @@
+"""The record of where and with what a number was made."""
+
+import os
+import pathlib
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """Says what ran: commit, command-relevant versions, processor, cores, accelerator."""
+    import jax
+
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("jax", *packages)},
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": [d.device_kind for d in jax.devices()],
+    }
+
+
+def _commit() -> str:
+    """Of the checkout this package lies in; "" where it is none (installed, or no git)."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", "dilaff_jax"], capture_output=True, text=True
+        ).stdout
+    except FileNotFoundError:
+        return ""
+    return commit.strip() + (" with local changes" if changed.strip() else "")
+
+
+def _processor() -> str:
+    path = pathlib.Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()

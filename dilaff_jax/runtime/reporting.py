@@ -1,0 +1,169 @@
+"""What a person sees and what a program reads back: metrics.jsonl, TensorBoard, progress, tables.
+
+metrics.jsonl holds only what a resumed run reproduces to the bit; times go to TensorBoard and the
+progress bar. Only process 0 writes.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from clu import parameter_overview
+from tqdm import tqdm
+
+from dilaff_jax.runtime import files
+
+
+class Reporter:
+    """Writes a run's numbers and pictures under `workdir`.
+
+    Args:
+        workdir: of the run.
+        num_steps: of the whole run, for the progress bar.
+        step: at which the run goes on; later lines of metrics.jsonl are dropped, they will be
+            written again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, num_steps: int, step: int) -> None:
+        self._active = jax.process_index() == 0
+        self._seconds, self._rows, self._start = 0.0, 0, time.perf_counter()
+        if not self._active:
+            return
+        self._path = workdir / "metrics.jsonl"
+        keep_until(self._path, step)
+        self._lines = self._path.open("a")
+        import tensorboardX  # here, because it imports torch where that is installed
+
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def advance(self, rows: int) -> None:
+        """Counts one step of `rows` images."""
+        self._rows += rows
+        if self._active:
+            self._bar.update()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one line to metrics.jsonl, and the same to TensorBoard."""
+        if not self._active:
+            return
+        with self._naming():
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        names = [n for n in ("train/loss", "train/miou") if n in values]
+        shown = {n.split("/")[-1]: f"{values[n]:.3f}" for n in names}
+        if shown:
+            self._bar.set_postfix(shown | {"images/s": f"{self.throughput(step):.1f}"})
+
+    def throughput(self, step: int) -> float:
+        """Images a second since the last call, evaluation and saving excluded; to TensorBoard."""
+        seconds = time.perf_counter() - self._start - self._seconds
+        rate = self._rows / max(seconds, 1e-9)
+        self._seconds, self._rows, self._start = 0.0, 0, time.perf_counter()
+        if self._active:
+            self._board.add_scalar("time/images_per_second", rate, step)
+        return rate
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what is done inside out of the throughput."""
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Adds RGB uint8 pictures `[H, W, 3]` to TensorBoard."""
+        if self._active:
+            for name, picture in pictures.items():
+                self._board.add_image(name, picture, step, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar."""
+        if self._active:
+            tqdm.write(text)
+
+    def sync(self) -> None:
+        """Returns when metrics.jsonl is on disk; a checkpoint must not be newer than its lines."""
+        if self._active:
+            with self._naming():
+                self._lines.flush()
+                os.fsync(self._lines.fileno())
+
+    def close(self) -> None:
+        """Closes all files."""
+        if self._active:
+            closing = contextlib.closing
+            with self._naming(), closing(self._bar), closing(self._board), self._lines:
+                self.sync()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Says where, which a full disk does not."""
+        try:
+            yield
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self._path.parent)) from e
+
+
+def keep_until(path: pathlib.Path, step: int) -> None:
+    """Drops the lines of a metrics.jsonl later than `step`, and a last line that is torn.
+
+    Atomic: at no time is there less than what is kept.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            break  # torn by a kill while it was written; nothing follows it
+    files.write_text(path, "".join(kept))
+
+
+def parameter_table(params: Any) -> str:
+    """Names, shapes and sizes of all parameters, and their number."""
+    return parameter_overview.get_parameter_overview(params, include_stats=False)
+
+
+def memory_line(compiled: Any) -> str:
+    """What a compiled program needs on each device, as XLA states it."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return "memory a device: this platform does not say"
+    # What the outputs share with donated arguments is counted once.
+    total = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        + stats.temp_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
+    return (
+        f"memory a device: {total / 2**20:,.0f} MiB (state and batch "
+        f"{stats.argument_size_in_bytes / 2**20:,.0f}, temporaries "
+        f"{stats.temp_size_in_bytes / 2**20:,.0f})"
+    )
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lays out a table with numbers to the right, as plain text."""
+    result = rich.table.Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        result.add_row(*row)
+    console = rich.console.Console(width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(result)
+    return captured.get()

@@ -1,0 +1,132 @@
+"""A trained network as what runs and exported files have in common: images in, logits out."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import ml_collections
+import numpy as np
+
+from dilaff_jax.data.class_list import Classes, read_classes
+from dilaff_jax.errors import UserError
+from dilaff_jax.models import segmenter, test_time
+from dilaff_jax.runtime import checkpoint
+
+# (variables, images [B, H, W, 3]) to logits [B, h, w, C] and affinity logits [B, h', w', K] or None
+Apply: TypeAlias = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array | None]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A function from images to logits, and what must be known to use it.
+
+    Attributes:
+        apply: `(variables, images)` to logits and affinity logits, each at its own stride.
+        variables: of the network; () where `apply` holds them.
+        offsets: of the affinity channels, `[K, 2]`; None without such a head.
+        classes: names and colours.
+        refine: keyword arguments of `propagate.operator`.
+        resize: factor by which images are scaled (by area) before the network sees them.
+        pad_rgb: what fills an image outside its content, in [0, 255].
+        multiple: of which height and width must be; 1 for any size.
+        minimum: the least height and width.
+        size: the only (height, width) that it takes; None for others too.
+    """
+
+    apply: Apply
+    variables: Any
+    offsets: np.ndarray | None
+    classes: Classes
+    refine: Mapping[str, Any]
+    resize: float = 1.0
+    pad_rgb: tuple[int, ...] = (124, 116, 104)
+    multiple: int = 1
+    minimum: int = 1
+    size: tuple[int, int] | None = None
+
+
+def from_run(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict | None = None
+) -> tuple[Network, segmenter.Segmenter, int]:
+    """Returns the network of a run's best (else latest) state, its model, and the step.
+
+    Args:
+        workdir: of the run.
+        config: None for the one the run was made with, WORKDIR/config.json.
+
+    Raises:
+        FileNotFoundError: `workdir` holds no run.
+        UserError: the config is of another model than the checkpoint.
+    """
+    config = read_config(workdir) if config is None else config
+    test_time.check(config.inference)
+    classes = classes_of(workdir, config)
+    model = segmenter.build(segmenter.config_of_run(config), len(classes.names))
+    like = segmenter.abstract_variables(model, config.data.crop_size)
+    step, variables = checkpoint.read_variables(workdir, like)
+
+    def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        def network(x: jax.Array) -> Mapping[str, Any]:
+            return model.apply(variables, x, train=False)  # type: ignore[return-value]
+
+        return test_time.infer(network, images, model.offsets, config.inference)
+
+    network = Network(
+        apply,
+        variables,
+        model.offsets,
+        classes,
+        dict(config.refine),
+        config.data.resize,
+        tuple(config.data.pad_rgb),
+    )
+    return network, model, step
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config that a run was made with.
+
+    Raises:
+        FileNotFoundError: `workdir` holds no config.json.
+        UserError: it is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{workdir} is no run: {path} does not exist; give the --workdir of a training, or "
+            "the --config it was made with"
+        )
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise UserError(f"it holds a {type(content).__name__}")
+    except ValueError as e:
+        raise UserError(
+            f"{path} is damaged: {e}; train on in its folder, which rewrites it, or give --config"
+        ) from e
+    return ml_collections.ConfigDict(_tuples(content))
+
+
+def classes_of(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Classes:
+    """Names and colours of a run's classes: WORKDIR/classes.json, else those of its data set.
+
+    Raises:
+        UserError: neither is there.
+    """
+    classes = read_classes(workdir)
+    if classes is not None:
+        return classes
+    from dilaff_jax.data import datasets  # only runs without classes.json need it
+
+    source = datasets.load(config.data, config.data.eval_split)
+    return Classes(source.class_names, source.colors)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that the config had."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

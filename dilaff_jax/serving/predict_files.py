@@ -1,0 +1,210 @@
+"""Prediction on files: an image, a folder of them, or videos; labels, overlays and more come out.
+
+    OUTPUT/labels/NAME.png      class indices, 8 bit, one channel, the size of the (upright) image
+    OUTPUT/overlays/NAME.png    the image with them over it; of a video NAME.mp4
+    OUTPUT/probs/NAME.npz       if asked for: probs, float16 [H, W, C], and class_names
+    OUTPUT/edges/NAME.png       if asked for: predicted class edges, a panel a dilation
+    OUTPUT/classes.json, legend.png    what the indices and colours mean
+
+NAME is the path within the input folder, without suffix. Of a video, each frame is one
+NAME/000000.png. With propagation="both" the unrefined results lie in labels_plain, overlays_plain.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dilaff_jax.data import folders
+from dilaff_jax.data.images import DataError
+from dilaff_jax.errors import UserError
+from dilaff_jax.serving.predictor import PROGRAMS, Predictor, Result
+from dilaff_jax.serving.video import SUFFIXES, Video, VideoWriter, propagate_in_time
+from dilaff_jax.serving.writer import Options, Writer, write_classes
+
+
+@dataclasses.dataclass
+class Summary:
+    """images: and frames that were segmented. failed: {file: why}."""
+
+    images: int
+    failed: dict[pathlib.Path, str]
+
+    def __str__(self) -> str:
+        lines = [f"  {reason}" for reason in self.failed.values()]
+        if lines:
+            lines.insert(0, "1 file failed:" if len(lines) == 1 else f"{len(lines)} files failed:")
+        return "\n".join([f"{self.images} images segmented", *lines])
+
+
+def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Summary:
+    """Segments a file, or all images and videos below a folder; a broken one stops nothing.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        UserError: no image or video in it; options that the model cannot fulfil; the output would
+            overwrite an input.
+    """
+    options = _settled(options, predictor)
+    files = find(source, options.output)
+    _check_targets(files, options)
+    movies = {n: p for n, p in files.items() if p.suffix.lower() in SUFFIXES}
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"the output {options.output} is a file; give a folder")
+    if options.temporal and not movies:
+        raise UserError(f"temporal propagation was asked for, but {source} holds no video")
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_classes(options.output, predictor.classes)
+    summary = Summary(0, {})
+    stills = _by_size({n: p for n, p in files.items() if n not in movies})
+    with Writer(options) as writer:
+        for name, path in tqdm(stills, unit="image", disable=not stills):
+            with _reported(path, summary):
+                writer.put(name, predictor(path, refine=options.propagation != "without"))
+                summary.images += 1
+        for name, path in movies.items():
+            with _reported(path, summary):
+                _movie(predictor, name, path, options, writer, summary)
+    return summary
+
+
+def find(source: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{name: file} of a file, or of the images and videos below a folder, in order of names.
+
+    What lies in `output` is passed over, and so are hidden files. Two files that differ in their
+    suffix alone keep it in their names.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        UserError: there is nothing to segment.
+    """
+    if source.is_file():
+        return {source.stem: source}
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} does not exist; give an image, a video or a folder")
+    if source.resolve() == output.resolve():
+        raise UserError(f"input and output are both {source}; give another folder as output")
+    known = (*folders.IMAGE_SUFFIXES, *SUFFIXES)
+    inside = source.resolve() in output.resolve().parents
+    skip = output.resolve() if inside else None
+    paths = [p for p in _walk(source, skip) if p.suffix.lower() in known]
+    if not paths:
+        raise UserError(f"{source} holds no image or video; known are {', '.join(known)}")
+    stems = [p.relative_to(source).with_suffix("").as_posix() for p in paths]
+    times = collections.Counter(stems)
+    return {
+        stem if times[stem] == 1 else path.relative_to(source).as_posix(): path
+        for stem, path in zip(stems, paths, strict=True)
+    }
+
+
+def _walk(source: pathlib.Path, skip: pathlib.Path | None) -> Iterator[pathlib.Path]:
+    """All files, sorted; links are followed, each folder once."""
+    visited: set[pathlib.Path] = set()
+    for parent, below, files in os.walk(source, followlinks=True):
+        real = pathlib.Path(parent).resolve()
+        if real in visited or real == skip:
+            below.clear()
+            continue
+        visited.add(real)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (pathlib.Path(parent, f) for f in sorted(files) if not f.startswith("."))
+
+
+def _settled(options: Options, predictor: Predictor) -> Options:
+    """The options with the default that suits the model."""
+    if not predictor.has_affinity:
+        asked = {
+            "propagation": options.propagation in ("with", "both"),
+            "edges": options.edges,
+            "temporal": options.temporal,
+        }
+        for name, wanted in asked.items():
+            if wanted:
+                raise UserError(f"{name} was asked for, but this model has no affinity head")
+    if options.temporal and options.propagation == "without":
+        raise UserError("temporal propagation was asked for, and propagation='without'")
+    chosen = options.propagation or ("with" if predictor.has_affinity else "without")
+    return dataclasses.replace(options, propagation=chosen)
+
+
+def _check_targets(files: dict[str, pathlib.Path], options: Options) -> None:
+    """Raises UserError if an input lies where outputs go, and might be overwritten."""
+    for path in files.values():
+        for folder in options.folders():
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"the input {path} lies in {folder}, where output goes; give another folder "
+                    "as output"
+                )
+
+
+def _by_size(files: dict[str, pathlib.Path]) -> list[tuple[str, pathlib.Path]]:
+    """Files of one size behind one another, so that each program is compiled once."""
+    sizes = {name: _size(path) for name, path in files.items()}
+    different = len(set(sizes.values()))
+    if different > PROGRAMS:
+        tqdm.write(
+            f"{len(files)} images of {different} sizes, and a program is compiled for each; "
+            "--pad=64 lets images of similar size share one"
+        )
+    return sorted(files.items(), key=lambda item: sizes[item[0]])
+
+
+def _size(path: pathlib.Path) -> tuple[int, int]:
+    """Width and height from the header; (0, 0) if there is none, which is reported later."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except Exception:  # Pillow's parsers raise nearly anything on broken files
+        return 0, 0
+
+
+@contextlib.contextmanager
+def _reported(path: pathlib.Path, summary: Summary) -> Iterator[None]:
+    """Turns what makes one file unusable into an entry of the summary."""
+    try:
+        yield
+    except (DataError, PermissionError, FileNotFoundError) as error:
+        text = str(error)
+        summary.failed[path] = text if str(path) in text else f"{path}: {text}"
+
+
+def _movie(
+    predictor: Predictor,
+    name: str,
+    path: pathlib.Path,
+    options: Options,
+    writer: Writer,
+    summary: Summary,
+) -> None:
+    """Segments the frames of one video."""
+    with contextlib.closing(Video(path)) as video, contextlib.ExitStack() as open_files:
+        overlays = {
+            field: open_files.enter_context(
+                VideoWriter(options.output / f"overlays{suffix}" / f"{name}.mp4", video.rate)
+            )
+            for suffix, field in options.variants.items()
+            if options.overlays
+        }
+        frames = tqdm(video, total=video.count or None, desc=name, unit="frame")
+        for number, result in enumerate(_frames(predictor, frames, options)):
+            writer.put(f"{name}/{number:06d}", result, overlays=False)
+            for field, file in overlays.items():
+                file.write(result.overlay(getattr(result, field)))
+            summary.images += 1
+
+
+def _frames(
+    predictor: Predictor, frames: Iterable[np.ndarray], options: Options
+) -> Iterator[Result]:
+    if options.temporal:
+        return propagate_in_time(predictor, iter(frames), options.chunk)
+    refine = options.propagation != "without"
+    return (predictor(frame, refine=refine) for frame in frames)

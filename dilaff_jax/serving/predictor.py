@@ -1,0 +1,317 @@
+"""A trained network at work: an image of any size in, labels of that size out.
+
+model = dilaff_jax.load("workdirs/camvid")
+result = model("street.jpg")
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias, overload
+
+import cv2
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dilaff_jax import propagate, resize, visualize
+from dilaff_jax.data import contact_sheet, images
+from dilaff_jax.data.class_list import Classes
+from dilaff_jax.errors import UserError
+from dilaff_jax.serving.network import Network, from_run
+
+# Compiled programs that are kept; each belongs to one size of image.
+PROGRAMS = 8
+# The coarsest stride of any encoder: on multiples of it all grids of a network coincide.
+CELL = 32
+
+ImageLike: TypeAlias = str | os.PathLike | np.ndarray
+
+
+class Geometry(NamedTuple):
+    """Height and width of an image as given, as scaled, and as padded for the network."""
+
+    original: tuple[int, int]
+    scaled: tuple[int, int]
+    canvas: tuple[int, int]
+
+    def cells(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """How many of a grid's cells over the canvas touch the scaled image."""
+        rows, columns = (-(-n * g // c) for n, g, c in zip(self.scaled, grid, self.canvas))  # noqa: B905
+        return rows, columns
+
+
+class Raw(NamedTuple):
+    """What the network says of one image, before anything is refined or enlarged.
+
+    logits `[1, h, w, C]` and affinity_logits `[1, h', w', K]` (None without a head) cover the
+    geometry's canvas.
+    """
+
+    geometry: Geometry
+    logits: jax.Array
+    affinity_logits: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What was found in one image of H x W pixels.
+
+    Attributes:
+        image: RGB uint8 `[H, W, 3]`.
+        labels: class indices, uint8 `[H, W]`; refined, where the model has an affinity head.
+        plain: the same without refinement.
+        classes: names and colours.
+        offsets: of the affinities, `[K, 2]`, in cells of their grid (row, column); None without.
+        affinity_logits: float32 `[h', w', K]` on the affinity head's grid; None without a head.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    plain: np.ndarray
+    classes: Classes
+    offsets: np.ndarray | None
+    affinity_logits: np.ndarray | None
+    _probs: jax.Array = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def probs(self) -> np.ndarray:
+        """Class probabilities, float32 `[H, W, C]`; refined as `labels`."""
+        return np.asarray(self._probs)
+
+    @functools.cached_property
+    def affinity(self) -> np.ndarray | None:
+        """Probability that a pixel and its neighbour are of one class, float32 `[h', w', K]`."""
+        logits = self.affinity_logits
+        return None if logits is None else np.asarray(jax.nn.sigmoid(logits))
+
+    @functools.cached_property
+    def edges(self) -> np.ndarray | None:
+        """The strongest class edge at each pixel by dilation, uint8 `[h', w', D]`, 255 certain."""
+        if self.affinity_logits is None or self.offsets is None:
+            return None
+        return np.asarray(
+            visualize.edge_strength(jnp.asarray(self.affinity_logits)[None], self.offsets)[0]
+        )
+
+    def overlay(self, labels: np.ndarray | None = None) -> np.ndarray:
+        """The image with labels (by default these) over it, RGB uint8 `[H, W, 3]`."""
+        shown = self.labels if labels is None else labels
+        return contact_sheet.overlay(self.image, shown, self.classes.colors)
+
+
+class Predictor:
+    """A network that takes images of any size, one at a time.
+
+    A program is compiled for each new size of image, so that no padding touches a result; the last
+    `PROGRAMS` are kept. Where most images differ in size, `pad` lets those of nearly one size share
+    a program: the network then sees the margin (as in the padded batches of evaluation), but
+    propagation never does. Our choice.
+
+    Args:
+        network: what to run.
+        pad: 1, or a multiple of 32 to which height and width are padded, with `network.pad_rgb`,
+            below and at the right.
+        resize: factor by which images are scaled first; None for that of the training.
+
+    Raises:
+        UserError: `pad` or `resize` is out of range.
+    """
+
+    def __init__(self, network: Network, *, pad: int = 1, resize: float | None = None) -> None:
+        if pad != 1 and (pad < 1 or pad % CELL):
+            raise UserError(
+                f"pad is {pad}; expected 1 for exact sizes, or a multiple of {CELL} such as 64"
+            )
+        factor = network.resize if resize is None else resize
+        if not 0 < factor <= 8:
+            raise UserError(f"resize is {factor}; expected a factor above 0, up to 8")
+        self.network = network
+        self.resize = factor
+        self._multiple = max(pad, network.multiple)
+        self.refine = propagate.operator(**network.refine)
+        self._programs = functools.lru_cache(maxsize=PROGRAMS)(self._compile)
+
+    @property
+    def classes(self) -> Classes:
+        """Names and colours of the classes."""
+        return self.network.classes
+
+    @property
+    def has_affinity(self) -> bool:
+        """Whether there is an affinity head, and hence refinement."""
+        return self.network.offsets is not None
+
+    @overload
+    def __call__(self, image: ImageLike, *, refine: bool = True) -> Result: ...
+
+    @overload
+    def __call__(
+        self, image: list[ImageLike] | tuple[ImageLike, ...], *, refine: bool = True
+    ) -> list[Result]: ...
+
+    def __call__(self, image: Any, *, refine: bool = True) -> Result | list[Result]:
+        """Segments one image, or each of a list.
+
+        Args:
+            image: a file, or RGB uint8 `[H, W, 3]`; or a list or tuple of such.
+            refine: propagate along the affinities, where there is a head.
+
+        Returns:
+            A result; for a list or tuple, a list of results in its order.
+
+        Raises:
+            DataError: the file is not a readable image.
+            UserError: the array is no such image.
+        """
+        if isinstance(image, list | tuple):
+            return [self(one, refine=refine) for one in image]
+        pixels = read_image(image)
+        raw = self.infer(pixels)
+        change = self.correction(raw) if refine and self.has_affinity else None
+        return self.finish(pixels, raw, change)
+
+    def infer(self, image: np.ndarray) -> Raw:
+        """Runs the network alone on RGB uint8 `[H, W, 3]`."""
+        geometry = self.geometry(image.shape[:2])
+        rows, columns = geometry.scaled
+        if geometry.scaled != geometry.original:
+            image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA)
+        canvas = np.empty((*geometry.canvas, 3), np.uint8)
+        canvas[:] = self.network.pad_rgb
+        canvas[:rows, :columns] = image
+        logits, affinity_logits = self._programs(geometry.canvas)(
+            self.network.variables, canvas[None]
+        )
+        return Raw(geometry, logits, affinity_logits)
+
+    def correction(self, raw: Raw, refine: propagate.Operator | None = None) -> jax.Array:
+        """What propagation adds to the logits, `[1, *cells, C]` on the affinities' grid.
+
+        refine: an operator in place of the model's own.
+        """
+        assert raw.affinity_logits is not None
+        assert self.network.offsets is not None
+        return propagate.correction(
+            raw.logits,
+            raw.affinity_logits,
+            self.network.offsets,
+            self.refine if refine is None else refine,
+            raw.geometry.cells(raw.affinity_logits.shape[1:3]),
+        )
+
+    def finish(self, image: np.ndarray, raw: Raw, change: jax.Array | None) -> Result:
+        """Enlarges logits and correction to the image, and takes the likeliest class."""
+        affinity_logits = raw.affinity_logits
+        grid = () if affinity_logits is None else affinity_logits.shape[1:3]
+        labels, plain, probs = _enlarge(raw.logits, change, raw.geometry, grid)
+        if affinity_logits is not None:
+            rows, columns = raw.geometry.cells(grid)
+            affinity_logits = affinity_logits[0, :rows, :columns]
+        return Result(
+            image=image,
+            labels=np.array(labels[0]),
+            plain=np.array(plain[0]),
+            classes=self.classes,
+            offsets=self.network.offsets,
+            affinity_logits=None if affinity_logits is None else np.asarray(affinity_logits),
+            _probs=probs[0],
+        )
+
+    def geometry(self, size: tuple[int, ...]) -> Geometry:
+        """How an image of this height and width is scaled and padded."""
+        # Rounded as the training data are.
+        scaled = [max(1, int(n * self.resize + 0.5)) for n in size]
+        least, multiple = self.network.minimum, self._multiple
+        canvas = [-(-max(n, least) // multiple) * multiple for n in scaled]
+        if self.network.size is not None:
+            if any(n > m for n, m in zip(scaled, self.network.size, strict=True)):
+                raise UserError(
+                    f"an image is of {scaled[0]} x {scaled[1]} pixels, and this model was exported "
+                    f"for {self.network.size[0]} x {self.network.size[1]}; lower resize, or export "
+                    "it for a larger size"
+                )
+            canvas = list(self.network.size)
+        return Geometry((size[0], size[1]), (scaled[0], scaled[1]), (canvas[0], canvas[1]))
+
+    def _compile(self, canvas: tuple[int, int]) -> Any:
+        images = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.uint8)
+        return jax.jit(self.network.apply).lower(self.network.variables, images).compile()
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    config: ml_collections.ConfigDict | None = None,
+    refine: Mapping[str, Any] | None = None,
+    pad: int = 1,
+    resize: float | None = None,
+) -> Predictor:
+    """Loads the best (else latest) state of a run, or an exported file.
+
+    Args:
+        path: a run's workdir, or a file that `dilaff_jax.export` wrote.
+        config: in place of the workdir's config.json.
+        refine: keyword arguments of `propagate.operator`, in place of the run's own.
+        pad: see `Predictor`.
+        resize: see `Predictor`.
+
+    Raises:
+        FileNotFoundError: there is no such run or file.
+        UserError: it is damaged, or of another model than `config`.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        from dilaff_jax.serving import exported
+
+        network = exported.read(path)
+    elif path.is_dir():
+        network = from_run(path, config)[0]
+    else:
+        raise FileNotFoundError(f"{path} does not exist; give a run's workdir or an exported file")
+    if refine is not None:
+        network = dataclasses.replace(network, refine=dict(refine))
+    return Predictor(network, pad=pad, resize=resize)
+
+
+def read_image(image: ImageLike) -> np.ndarray:
+    """RGB uint8 `[H, W, 3]` of a file (EXIF orientation applied), or of an array as it is.
+
+    Raises:
+        DataError: the file is not a readable image.
+        UserError: the array is not RGB uint8 `[H, W, 3]`.
+    """
+    if isinstance(image, str | os.PathLike):
+        return images.decode_image(images.load_image(image)[0])
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
+        raise UserError(
+            f"image has shape {pixels.shape} and dtype {pixels.dtype}; expected RGB uint8 "
+            "[H, W, 3] (grey: repeat the channel; floats in [0, 1]: multiply by 255; OpenCV's "
+            "BGR: image[..., ::-1])"
+        )
+    return pixels
+
+
+@functools.partial(jax.jit, static_argnames=("geometry", "grid"))
+def _enlarge(
+    logits: jax.Array, change: jax.Array | None, geometry: Geometry, grid: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Labels, unrefined labels `[B, H, W]`, probabilities `[B, H, W, C]`, at the original size."""
+
+    def fit(x: jax.Array, covered: tuple[int, ...]) -> jax.Array:
+        """Enlarges what covers so many scaled pixels, and cuts the image out of it."""
+        rows, columns = geometry.scaled
+        inner = resize.bilinear(x, covered)[:, :rows, :columns]
+        return resize.bilinear(inner, geometry.original)
+
+    scores = plain = fit(logits, geometry.canvas)
+    if change is not None:
+        # Cells of a padded canvas are whole; of an unpadded one they are stretched to its size.
+        covered = [n * c // g for n, c, g in zip(change.shape[1:3], geometry.canvas, grid)]  # noqa: B905
+        scores = plain + fit(change, tuple(covered))
+    labels, unrefined = (jnp.argmax(x, axis=-1).astype(jnp.uint8) for x in (scores, plain))
+    return labels, unrefined, jax.nn.softmax(scores)
