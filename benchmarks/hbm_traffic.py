@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
-from configs import voc2012_deeplabv3_r50
+from dilaff_jax.configs import voc2012_deeplabv3_r50
 from dilaff_jax import losses, resize
 from dilaff_jax.preflight import chips
 from dilaff_jax.preflight.footprint import Footprint, measure

@@ -90,7 +90,7 @@ def _shift(
 def inside(
     spatial: Sequence[int], offsets: Int[np.ndarray, " K ndim"]
 ) -> Bool[Array, " *spatial K"]:
-    """Returns where i + o lies in the image: bool `[*spatial, K]`.
+    """Returns where i + o is in the image: bool `[*spatial, K]`.
 
     Built from one comparison per axis, so that XLA fuses it instead of storing K maps.
     """

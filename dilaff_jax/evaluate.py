@@ -202,7 +202,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Re
 
 
 def result_folder(workdir: pathlib.Path, step: int) -> pathlib.Path:
-    """Where the results of a step lie."""
+    """Where the results of a step are."""
     return workdir / "evaluation" / str(step)
 
 

@@ -4,10 +4,14 @@ They are committed; a test holds the drawing to what this command makes. Curves 
 With the workdir of results/shapes_800.json, images of its last evaluation are drawn, too.
 """
 
+import ast
+import html
 import io
 import json
 import pathlib
 import sys
+import textwrap
+import tomllib
 from typing import Any
 
 import cv2
@@ -16,7 +20,8 @@ import numpy as np
 from dilaff_jax import affinity
 
 IMAGES = pathlib.Path(__file__).parent / "images"
-RESULTS = pathlib.Path(__file__).parents[1] / "results"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 # Okabe and Ito's colours, told apart also by the colour-blind.
 COLORS = ("#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
 CELL = 24
@@ -41,7 +46,8 @@ def neighbourhood(dilations: tuple[int, ...] = (1, 2, 4, 8)) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-family="sans-serif"'
         ' font-size="12">\n<rect x="-50%" y="-50%" width="200%" height="200%" fill="#ffffff"/>\n'
-        ' fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 
@@ -67,6 +73,59 @@ def _legend(row: int, left: int, color: str, text: str) -> str:
     return (
         f'<rect x="{left}" y="{y}" width="{CELL}" height="{CELL}" fill="{color}"/>'
         f'<text x="{left + CELL + 8}" y="{y + CELL // 2 + 4}" fill="#000000">{text}</text>'
+    )
+
+
+def rooms(width: int = 960) -> str:
+    """An SVG of the rooms of the package in the layers of pyproject.toml, and what is in each."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    [layers] = [c["layers"] for c in contracts["contracts"] if c["id"] == "layers"]
+    parts, total = [], 0
+    for layer in layers:
+        # In parentheses: former names of commands, and configs.
+        names = [name for name in layer.split(" | ") if not name.startswith("(")]
+        each = (width - 8 * (len(names) - 1)) // len(names)
+        captions = [_caption(name, each) for name in names]
+        height = 26 + 14 * max(map(len, captions))
+        for column, (name, caption) in enumerate(zip(names, captions, strict=True)):
+            parts.append(_room(name, caption, (column * (each + 8), total), (each, height)))
+        total += height + 8
+    arrow = (
+        f'<path d="M{width + 22},6V{total - 20}" stroke="#777" marker-end="url(#down)"/>'
+        f'<text x="{width + 34}" y="{total // 2}" fill="#555" '
+        f'transform="rotate(90 {width + 34} {total // 2})" text-anchor="middle">imports</text>'
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 -12 {width + 64} {total + 16}" '
+        'font-family="sans-serif" font-size="11">\n<defs><marker id="down" viewBox="0 0 8 8" '
+        'refX="4" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0,0L8,4L0,8" '
+        'fill="#777"/></marker></defs>\n<rect x="-12" y="-12" width="100%" height="100%" '
+        'fill="#ffffff"/>\n' + "\n".join([*parts, arrow]) + "\n</svg>\n"
+    )
+
+
+def _caption(name: str, width: int) -> list[str]:
+    """The first line of a module's docstring, in lines that fit."""
+    folder = ROOT / "dilaff_jax" / name
+    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    first = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
+    return textwrap.wrap(html.escape(first.replace("`", ""), quote=False), width // 6)
+
+
+def _room(name: str, lines: list[str], at: tuple[int, int], size: tuple[int, int]) -> str:
+    """A room, blue, or a file, grey: its name and what is in it."""
+    (x, y), (width, height) = at, size
+    is_room = (ROOT / "dilaff_jax" / name).is_dir()
+    color = COLORS[0] if is_room else "#666666"
+    texts = "".join(
+        f'<text x="{x + 8}" y="{y + 34 + 14 * i}" fill="#333">{line}</text>'
+        for i, line in enumerate(lines)
+    )
+    title = f"{name}/" if is_room else f"{name}.py"
+    return (
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4" fill="#ffffff" '
+        f'stroke="{color}"/><text x="{x + 8}" y="{y + 18}" font-weight="bold" font-size="13" '
+        f'fill="{color}">{title}</text>{texts}'
     )
 
 
@@ -138,6 +197,7 @@ def main(workdir: pathlib.Path | None) -> None:
     """Writes every picture, of a result only with its workdir."""
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
+    (IMAGES / "rooms.svg").write_text(rooms())
     (IMAGES / "propagation_scaling.svg").write_bytes(scaling())
     for file in sorted(RESULTS.glob("study_*.json")):
         (IMAGES / f"{file.stem}.svg").write_bytes(study(file))

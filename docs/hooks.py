@@ -13,7 +13,7 @@ import measured
 from mkdocs.structure.files import File, Files
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "dilaff_jax"
-METHOD = ("affinity", "propagate", "resize", "losses", "metrics", "rivals")
+METHOD = ("affinity", "propagate", "resize", "kernels", "losses", "metrics", "baselines")
 PAGES = {
     "method": "The method",
     "models": "Models",

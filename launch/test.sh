@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything a change must pass, on a machine that has only Python >= 3.11: install, lint, types, tests.
+# Everything a change must pass, on a machine that has only Python >= 3.11: install, lint, contracts
+# of imports, types, tests.
 # Arguments go to pytest: bash launch/test.sh tests/test_affinity.py -k shift
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,5 +14,6 @@ python -m pip install --quiet --editable '.[dev,docs,torch,crf,pretrained,prefli
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 ruff format --check .
 ruff check .
+lint-imports --no-cache
 mypy
 python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadscope "$@"

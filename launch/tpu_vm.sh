@@ -171,7 +171,7 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
   elif [[ -z $installed ]]; then
     die "the installation failed on a slice that is up; see above"
   else
-    die "the run failed with status $status on a slice that is up; the slice stays: mend it and start again, or delete it"
+    die "the run failed with status $status on a slice that is up; the slice stays: fix it and start again, or delete it"
   fi
 done
 die "gave up after $attempts attempts"

@@ -10,8 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from configs import camvid_ablation
 from dilaff_jax import optim, settings, step
+from dilaff_jax.configs import camvid_ablation
 from dilaff_jax.data import datasets, pipeline, prepare
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import parallel

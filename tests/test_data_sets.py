@@ -13,7 +13,7 @@ import scipy.io
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from configs import camvid_deeplabv3plus_lite0
+from dilaff_jax.configs import camvid_deeplabv3plus_lite0
 from dilaff_jax.data import (
     builder,
     camvid,

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 import dilaff_jax.data
-from configs import default
-from dilaff_jax import affinity, propagate
+from dilaff_jax import affinity, propagate, settings
+from dilaff_jax.configs import default
 from dilaff_jax.data import data_config, datasets, images, prepare
 from dilaff_jax.data.class_list import Classes
-from dilaff_jax.models import affinity_head, module_options, segmenter
+from dilaff_jax.models import segmenter
 from dilaff_jax.serving import network, predictor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,10 +59,14 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 
 def test_the_pictures_are_those_that_the_command_draws():
-    assert (DOCS / "images" / "neighbourhood.svg").read_text() == script("figures").neighbourhood()
+    figures = script("figures")
+    assert (DOCS / "images" / "neighbourhood.svg").read_text() == figures.neighbourhood()
+    assert (DOCS / "images" / "rooms.svg").read_text() == figures.rooms()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/findings.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/at_a_glance.md", "docs/findings.md", "docs/performance.md"]
+)
 def test_measured_numbers_are_those_of_their_files(page):
     numbers, text = script("measured"), (ROOT / page).read_text()
     assert ROOT / page in numbers.PAGES
@@ -82,11 +86,17 @@ def test_the_page_on_performance_has_all_rows_of_the_memory_traffic():
 def test_a_wrong_number_would_be_found():
     numbers = script("measured")
     path = "results > size=513x513x21 > median_seconds > dilaff_jax > *1000"
-    wrong = f'[99999.9 ms](results/propagation_cpu.json "{path}")'
+    wrong = f'[99999.9 ms][walk]\n\n[walk]: results/propagation_cpu.json "{path}"\n'
     assert numbers.count(wrong) == 1
     assert numbers.updated(wrong) != wrong
-    with pytest.raises(LookupError):
-        numbers.updated(wrong.replace("size=513x513x21", "size=none"))
+    for other in (
+        wrong.replace("size=513x513x21", "size=none"),
+        wrong.replace("[walk]:", "[step]:"),
+        f'{wrong}[unused]: results/propagation_cpu.json "{path}"\n',
+    ):
+        with pytest.raises(LookupError):
+            numbers.updated(other)
+    assert numbers.bare(wrong) == "99999.9 ms\n\n"
 
 
 @pytest.mark.parametrize("page", ["docs/method.md", "docs/torch.md", "docs/use.md"])
@@ -131,8 +141,10 @@ def test_the_code_of_the_use_page_runs_on_a_picture(tmp_path, monkeypatch):
     assert scope["result"].labels[:, [0, 31]].tolist() == [[0, 2]] * 24
 
 
-def test_the_code_of_the_readme_is_that_of_the_method_page():
-    assert code_blocks("README.md") == code_blocks("docs/method.md")
+def test_the_code_of_the_readme_is_that_of_the_use_page():
+    assert code_blocks("README.md") == [
+        block for block in code_blocks("docs/use.md") if block[0] == "street.py"
+    ]
 
 
 # Your own parts
@@ -195,32 +207,22 @@ def test_the_operator_of_the_page_refines():
 # Configs
 
 
-def flattened(config):
-    """{key: default} with one level of sections."""
-    sections = {k: v for k, v in config.items() if isinstance(v, dict)}
-    flat = {k: v for k, v in config.items() if k not in sections}
-    return flat | {f"{s}.{k}": v for s, keys in sections.items() for k, v in keys.items()}
-
-
-def test_every_key_of_a_config_is_explained_with_its_default():
-    known = flattened(default.get_config().to_dict())
-    head = affinity_head.AffinityHead()
-    known |= {
-        f"model.affinity.{name}": getattr(head, name)
-        for name in module_options.fields(affinity_head.AffinityHead)
-        if name != "style"
+def test_the_tables_of_the_configs_page_are_those_of_the_package():
+    tables, text = script("config_tables"), (DOCS / "configs.md").read_text()
+    assert set(tables.sections(text)) == {
+        *("run", "model.affinity", "ablate"),
+        *settings.SECTIONS,
     }
-    rows = re.findall(
-        r"^\| `([\w.]+)` \| `(.*?)` \| (.+) \|$", (DOCS / "configs.md").read_text(), re.M
-    )
-    written = {key: value for key, value, _ in rows}
-    assert written.keys() == known.keys(), (
-        f"docs/configs.md lacks {sorted(known.keys() - written.keys())} "
-        f"and has besides {sorted(written.keys() - known.keys())}"
-    )
-    for key, value in written.items():
-        shown = repr(known[key])
-        assert value == (shown if len(shown) < 40 else "..."), key
+    assert tables.updated(text) == text, "run: python docs/config_tables.py"
+
+
+def test_every_key_of_the_default_config_is_on_the_configs_page():
+    rows = re.findall(r"^\| `([\w.]+)` \| ", (DOCS / "configs.md").read_text(), re.M)
+    config = default.get_config().to_dict()
+    sections = {k: v for k, v in config.items() if isinstance(v, dict)}
+    keys = {f"{s}.{k}" for s, section in sections.items() for k in section}
+    assert (config.keys() - sections.keys()) | keys <= set(rows)
+    assert len(rows) == len(set(rows))
 
 
 def test_the_config_of_the_page_runs():

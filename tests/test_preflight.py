@@ -15,7 +15,7 @@ needs_libtpu = pytest.mark.skipif(
     reason="the TPU compiler is not installed: pip install -e '.[preflight]'",
 )
 
-# 1 MiB arrays: f32[512,512]. %b lies in VMEM, S(1); the loop runs 5 times.
+# 1 MiB arrays: f32[512,512]. %b is in VMEM, S(1); the loop runs 5 times.
 TEXT = """HloModule m, is_scheduled=true
 
 %fused (p0: f32[512,512], p1: f32[512,512]) -> f32[512] {

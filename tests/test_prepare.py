@@ -171,7 +171,7 @@ def lossy_mask(root):
         (missing_mask, r"1 of 3 images have no mask: .*labels/b"),
         (other_size, r"labels/b\.png: the mask is 20 x 31, its image .*b\.jpg is 20 x 30"),
         (truncated, r"images/b\.jpg: not a readable image \(truncated"),
-        (linked_away, r"images/b\.jpg: is or lies behind a symbolic link that leaves"),
+        (linked_away, r"images/b\.jpg: is a symbolic link, or behind one, that leaves"),
         (rotated, r"mask is 20 x 30, its image .* is 30 x 20 \(height x width, after any EXIF"),
         (rgb_mask, r"labels/b\.png: a RGB picture is not a label map.*--color_masks"),
         (lossy_mask, r"labels/b\.jpg: JPEG is lossy"),
@@ -202,7 +202,7 @@ def test_the_option_that_the_message_names_helps(tmp_path):
         ("7", "want FOUND:MEANT"),
         ("a:b", "want FOUND:MEANT"),
         ("7:5", r"5 is no value of this data set; allowed are 0\.\.2, 255"),
-        ("99999:1", r"values lie in 0\.\.65535"),
+        ("99999:1", r"values must be in 0\.\.65535"),
     ],
 )
 def test_bad_mask_values_are_refused(tmp_path, text, message):

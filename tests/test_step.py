@@ -8,8 +8,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import default
 from dilaff_jax import affinity, losses, optim, resize, step
+from dilaff_jax.configs import default
 from dilaff_jax.models import segmenter
 from dilaff_jax.objective import Objective
 from dilaff_jax.runtime import parallel

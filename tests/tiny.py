@@ -1,8 +1,10 @@
 """A network that compiles in a second, plugged in by name as anybody's own would be."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from dilaff_jax.models import layers
+from dilaff_jax.models.decoders import fcn
 
 
 class TinyEncoder(nn.Module):
@@ -27,6 +29,14 @@ class TinyEncoder(nn.Module):
     @property
     def torch_keys(self):
         return ()
+
+
+class FaultyDecoder(fcn.FCN):
+    """A decoder of somebody's own that has a fault: `config.model.decoder = "tests.tiny:..."`."""
+
+    @nn.compact
+    def __call__(self, features, train):
+        return jnp.einsum("bhwc,cd->bhwd", features[-1], jnp.zeros((3, 4))), features[-1]
 
 
 def model_config(config, **changes):

@@ -1,6 +1,6 @@
 """A run of seconds on `shapes/tiny`, in process or as `--config tests/tiny_config.py`."""
 
-from configs import default
+from dilaff_jax.configs import default
 from tests import tiny
 
 

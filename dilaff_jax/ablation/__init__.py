@@ -4,7 +4,7 @@
 
 What decides the gain? Changes of the config, compared on the selection split alone: --mode study.
 
-What lies where:
+What is where:
     ablate_config.py    every key of `config.ablate`: default, rule and meaning
     arms.py             the runs: (baseline, joint, aaf) × seeds, trained once, resumed, verified
     network_outputs.py  what a trained network says of a split, computed once and kept

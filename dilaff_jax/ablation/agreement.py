@@ -1,4 +1,4 @@
-"""Where the affinity head errs, does the segmentation err too? What propagation can mend at all.
+"""Where the affinity head errs, does the segmentation err too? What propagation can correct at all.
 
 Propagation corrects a pair of pixels that the segmentation parts or joins wrongly only if the head
 is right about it. If both err together there is nothing to win, however good each is.

@@ -9,7 +9,7 @@
     for batch in pipeline.train_batches(data, train, batch_size=16, seed=0): ...
     for batch in pipeline.eval_batches(data, validation, batch_size=16): ...
 
-What lies where:
+What is where:
     data_config.py    every key of `config.data`: default, rule and meaning
     datasets.py       `load`: a prepared data set as a random-access source
     augment.py        joint augmentation of image and label (OpenCV)

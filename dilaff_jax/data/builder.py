@@ -93,7 +93,7 @@ def parse_mask_values(text: str) -> dict[int, int]:
     except ValueError as e:
         raise DataError(f"--mask_values={text}: want FOUND:MEANT,..., such as 0:0,255:1") from e
     if any(not 0 <= v < 65536 for pair in values.items() for v in pair):
-        raise DataError(f"--mask_values={text}: values lie in 0..65535")
+        raise DataError(f"--mask_values={text}: values must be in 0..65535")
     return values
 
 

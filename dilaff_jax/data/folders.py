@@ -21,11 +21,11 @@ class Pair(NamedTuple):
 
 
 def inside(root: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
-    """Returns `path` if, links followed, it lies in `root`. Raises DataError otherwise."""
+    """Returns `path` if, links followed, it is in `root`. Raises DataError otherwise."""
     target = path.resolve()
     if not target.is_relative_to(root.resolve()):
         raise DataError(
-            f"{path}: is or lies behind a symbolic link that leaves the source folder {root} "
+            f"{path}: is a symbolic link, or behind one, that leaves the source folder {root} "
             f"(to {target}); copy the files into the folder or give their real folder as --source"
         )
     return path

@@ -62,7 +62,7 @@ def read_classes(text: str) -> list[tuple[str, tuple[int, int, int] | None]]:
         if len(words) > 3 and all(w.isdigit() for w in words[-3:]):
             red, green, blue = map(int, words[-3:])
             if max(red, green, blue) > 255:
-                raise DataError(f"class list: {line!r}: channels lie in 0..255")
+                raise DataError(f"class list: {line!r}: channels must be in 0..255")
             entries.append((" ".join(words[:-3]), (red, green, blue)))
         elif words:
             entries.append((" ".join(words), None))

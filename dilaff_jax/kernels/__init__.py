@@ -1,1 +1,1 @@
-"""Hand-written kernels for accelerators: one file a family, each with the rule of its use."""
+"""The steps of propagation as programs: in XLA for every platform, as a kernel for a TPU."""

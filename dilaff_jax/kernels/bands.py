@@ -64,17 +64,17 @@ class Plan:
 
     @property
     def classes(self) -> int:
-        """Classes, as they lie in VMEM."""
+        """Classes, as they are in VMEM."""
         return _up(self.size[3], _SUBLANES)
 
     @property
     def width(self) -> int:
-        """Columns, as they lie in VMEM."""
+        """Columns, as they are in VMEM."""
         return _up(self.size[2], _LANES)
 
     @property
     def channels(self) -> int:
-        """Weights, the pixel's own among them, as they lie in VMEM."""
+        """Weights, the pixel's own among them, as they are in VMEM."""
         return _up(len(self.offsets) + 1, _SUBLANES)
 
     def terms(self) -> dict[int, list[tuple[int, int]]]:

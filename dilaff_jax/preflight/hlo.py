@@ -3,7 +3,7 @@
 XLA's own "bytes accessed" counts a loop's body once, on-chip memory like main memory, and a
 prefetch in n slices as n times the whole array: on a TPU, whose scheduler prefetches weights and
 keeps small maps in VMEM, several times too much. Here every instruction of the schedule counts its
-operands and results that lie in main memory, padded as they lie there; slices count what they read,
+operands and results that are in main memory, padded as they lie there; slices count what they read,
 and bodies of loops count as often as they run. What one instruction reads twice, as overlapping
 windows of a convolution, counts once: a lower bound.
 """
@@ -210,7 +210,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def _in_memory(shape: str) -> int:
-    """Bytes of an array, or of a tuple's arrays, that lie in main memory."""
+    """Bytes of an array, or of a tuple's arrays, that are in main memory."""
     return sum(_size(e) for e in _elements(shape) if not _ELSEWHERE.search(e))
 
 

@@ -41,7 +41,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table, and where the pictures lie."""
+    """Prints the table, and where the pictures are."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR")
     workdirs = parser.parse_args(arguments).workdirs

@@ -33,7 +33,7 @@ class Checkpoints:
 
     Args:
         directory: created where it does not exist.
-        devices: how the state lies on them.
+        devices: how the state is placed on them.
         keep_latest: how many of the latest are kept, at least 1; the best one is kept besides.
     """
 
@@ -248,7 +248,7 @@ def _writing(directory: pathlib.Path) -> Iterator[None]:
     except Exception as e:
         raise OSError(
             f"a checkpoint could not be written to {directory} ({_reason(e)}). Those before it "
-            "stay; make room, or mend what keeps the folder from being written, and run again"
+            "stay; make room, or fix what keeps the folder from being written, and run again"
         ) from e
 
 

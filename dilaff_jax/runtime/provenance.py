@@ -23,7 +23,7 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the checkout this package lies in; "" where it is none (installed, or no git)."""
+    """Of the checkout this package is in; "" where it is none (installed, or no git)."""
     root = pathlib.Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

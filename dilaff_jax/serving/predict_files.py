@@ -7,7 +7,7 @@
     OUTPUT/classes.json, legend.png    what the indices and colours mean
 
 NAME is the path within the input folder, without suffix. Of a video, each frame is one
-NAME/000000.png. With propagation="both" the unrefined results lie in labels_plain, overlays_plain.
+NAME/000000.png. With propagation="both" the unrefined results are in labels_plain, overlays_plain.
 """
 
 import collections
@@ -77,7 +77,7 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
 def find(source: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
     """{name: file} of a file, or of the images and videos below a folder, in order of names.
 
-    What lies in `output` is passed over, and so are hidden files. Two files that differ in their
+    What is in `output` is passed over, and so are hidden files. Two files that differ in their
     suffix alone keep it in their names.
 
     Raises:
@@ -140,7 +140,7 @@ def _check_targets(files: dict[str, pathlib.Path], options: Options) -> None:
         for folder in options.folders():
             if path.resolve().is_relative_to(folder.resolve()):
                 raise UserError(
-                    f"the input {path} lies in {folder}, where output goes; give another folder "
+                    f"the input {path} is in {folder}, where output goes; give another folder "
                     "as output"
                 )
 

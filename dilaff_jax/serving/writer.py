@@ -1,4 +1,4 @@
-"""The files that prediction writes; `predict` says which lie where."""
+"""The files that prediction writes; `predict_files` says which is where."""
 
 import concurrent.futures
 import dataclasses

@@ -76,7 +76,7 @@ def test_an_archive_cannot_write_elsewhere(dataset, members, kind, place):
     elif kind == "damaged":
         assert message.startswith(f"{path}: damaged or incomplete archive: ")
         assert message.endswith("; download it again")
-    else:  # a leading slash is taken off: it lies in the scratch folder, which is removed
+    else:  # a leading slash is taken off: it is in the scratch folder, which is removed
         folder = "VOCdevkit/VOC2012" if is_tar else "leftImg8bit"
         assert message == f"{path.name}: unpacked, but there is no folder {folder} in it"
     assert contents(place) == before

@@ -240,7 +240,7 @@ LABELS = cases(
         "a colour that is none",
         write_classes("tree 0 256 0"),
         OPTIONS(),
-        "class list: 'tree 0 256 0': channels lie in 0..255",
+        "class list: 'tree 0 256 0': channels must be in 0..255",
     ),
     (
         "a class list that is no text",
@@ -275,7 +275,7 @@ LABELS = cases(
             (source / "train/images/a.jpg").symlink_to(source.parent / "secret.jpg"),
         ),
         OPTIONS(),
-        "{AT}/source/train/images/a.jpg: is or lies behind a symbolic link that leaves the source "
+        "{AT}/source/train/images/a.jpg: is a symbolic link, or behind one, that leaves the source "
         "folder {AT}/source (to {AT}/secret.jpg); copy the files into the folder or give their "
         "real folder as --source",
     ),

@@ -1,0 +1,73 @@
+"""What a person can change ends in one line; a fault of the program keeps its traceback."""
+
+import ast
+import pathlib
+
+import pytest
+
+from dilaff_jax import errors, references, train
+from dilaff_jax.data.images import DataError
+from dilaff_jax.interop.torch_layout import KeyMismatchError
+from tests import data_files, running
+
+PACKAGE = pathlib.Path(errors.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return data_files.tiny_shapes(tmp_path_factory.mktemp("data"))
+
+
+def test_a_fault_within_a_decoder_of_ones_own_keeps_its_traceback(data_dir, tmp_path):
+    option = "--config.model.decoder=tests.tiny:FaultyDecoder"
+    output = running.finish(running.start(data_dir, tmp_path / "run", option, devices=1), code=1)
+    assert "Traceback (most recent call last)" in output
+    assert "tests/tiny.py" in output
+    assert "ValueError" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tests.tiny:None", "config.model.decoder names 'tests.tiny:None', but module"),
+        ("no_such:Decoder", "but there is no module 'no_such': pip install it, or put its folder"),
+        ("tests.no_such.module:X", "there is no module 'tests.no_such.module'"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_one_line(name, message, data_dir, tmp_path):
+    option = f"--config.model.decoder={name}"
+    output = running.finish(running.start(data_dir, tmp_path / "run", option, devices=1), code=1)
+    assert "Traceback" not in output
+    assert output.startswith("UserError: ")
+    assert message in output
+
+
+def test_a_reference_is_resolved_with_dots_and_what_its_module_raises_is_not_caught(tmp_path):
+    assert references.resolve("dilaff_jax.errors:UserError.__name__", "key") == "UserError"
+    with pytest.raises(errors.UserError, match="key is 'plain'; expected 'module:attribute'"):
+        references.resolve("plain", "key")
+
+
+def test_what_a_module_raises_while_it_is_imported_is_not_caught(tmp_path, monkeypatch):
+    (tmp_path / "raises_on_import.py").write_text("raise ZeroDivisionError('its own')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ZeroDivisionError, match="its own"):
+        references.resolve("raises_on_import:thing", "key")
+
+
+def test_every_kind_of_user_error_is_a_value_error():
+    kinds = (DataError, KeyMismatchError, train.Busy, errors.NotFiniteError)
+    for kind in (*kinds, errors.MissingPackageError):
+        assert issubclass(kind, errors.UserError)
+        assert issubclass(kind, ValueError)
+    assert issubclass(errors.NotFiniteError, FloatingPointError)
+    assert issubclass(errors.MissingPackageError, ImportError)
+
+
+def test_the_package_raises_no_bare_value_error():
+    """Each error of ours says what to change; `ValueError` alone is somebody else's."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            raised = node.exc if isinstance(node, ast.Raise) else None
+            name = getattr(getattr(raised, "func", raised), "id", "")
+            assert name not in ("ValueError", "FloatingPointError", "ImportError"), path
