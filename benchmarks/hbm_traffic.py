@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
-from dilaff_jax.configs import voc2012_deeplabv3_r50
 from dilaff_jax import losses, resize
+from dilaff_jax.configs import voc2012_deeplabv3_r50
 from dilaff_jax.preflight import chips
 from dilaff_jax.preflight.footprint import Footprint, measure
 from dilaff_jax.preflight.run import Programs

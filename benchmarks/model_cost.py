@@ -19,8 +19,8 @@ import rich.table
 import tqdm
 
 from benchmarks import timing
-from dilaff_jax.configs import default
 from dilaff_jax import propagate, resize
+from dilaff_jax.configs import default
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime.cost import flops, gradient, parameters, temporaries
 

@@ -18,8 +18,8 @@ import rich.table
 import torch
 
 from benchmarks import timing
-from dilaff_jax.configs import voc2012_deeplabv3_r50
 from dilaff_jax import optim, step
+from dilaff_jax.configs import voc2012_deeplabv3_r50
 from dilaff_jax.interop.torchvision_import import torchvision
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime.parallel import AXIS, Devices

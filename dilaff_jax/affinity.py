@@ -124,27 +124,27 @@ def targets(
     offsets = check_offsets(offsets)
     labels = _check_labels(labels, offsets.shape[1])
     # Outside counts as ignored: one test then covers both reasons for a pair to be invalid.
-    neighbours = _label_neighbours(labels, offsets, ignore_label)
-    valid = (labels[..., None] != ignore_label) & (neighbours != ignore_label)
-    return (labels[..., None] == neighbours) & valid, valid
+    around = _label_neighbours(labels, offsets, ignore_label)
+    valid = (labels[..., None] != ignore_label) & (around != ignore_label)
+    return (labels[..., None] == around) & valid, valid
 
 
 def _label_neighbours(labels: jax.Array, offsets: np.ndarray, fill: int) -> jax.Array:
     """labels[i + o] `[..., *spatial, K]`, `fill` outside; on a TPU in the form it is fast at."""
-    stacked = functools.partial(_neighbours, offsets=offsets, fill=fill)
+    stacked = functools.partial(neighbours, offsets=offsets, fill=fill)
     if labels.dtype != jnp.uint8 or offsets.shape[1] != 2 or labels.shape[-1] > _WIDEST:
         return stacked(labels)
-    products = functools.partial(_neighbours_by_product, offsets=offsets, fill=fill)
+    products = functools.partial(neighbours_by_product, offsets=offsets, fill=fill)
     return jax.lax.platform_dependent(labels, tpu=products, default=stacked)
 
 
-def _neighbours(x: jax.Array, offsets: np.ndarray, fill: ArrayLike) -> jax.Array:
+def neighbours(x: jax.Array, offsets: np.ndarray, fill: ArrayLike) -> jax.Array:
     """x[i + o] of a map without channels: `[..., *spatial]` to `[..., *spatial, K]`."""
     first = x.ndim - offsets.shape[1]
     return jnp.stack([_shift(x, o, fill, first) for o in offsets], axis=-1)
 
 
-def _neighbours_by_product(labels: jax.Array, offsets: np.ndarray, fill: int) -> jax.Array:
+def neighbours_by_product(labels: jax.Array, offsets: np.ndarray, fill: int) -> jax.Array:
     """The same of uint8 `[..., H, W]`, as a product with zeros and ones that picks the columns.
 
     A TPU keeps channels in the 128 lanes of its registers: K shifted maps, joined as channels, are
@@ -198,7 +198,7 @@ def pair_weights(
     # What is ignored has no class; its weight is not used.
     known = jnp.where(labels == ignore_label, 0, labels)
     at = jnp.take(jnp.asarray(weights), known, mode="fill", fill_value=jnp.nan)
-    return jnp.where(valid, (at[..., None] + _neighbours(at, offsets, 0)) / 2, 0)
+    return jnp.where(valid, (at[..., None] + neighbours(at, offsets, 0)) / 2, 0)
 
 
 def soft_targets(

@@ -76,7 +76,7 @@ def weight_file(name: str) -> pathlib.Path:
     """The path that `config.init.encoder` or `.model` names: a file, or a package's function."""
     if ":" not in name or pathlib.Path(name).exists():
         return pathlib.Path(name)
-    return pathlib.Path(references.resolve(name, "config.init")())
+    return pathlib.Path(references.resolve(name, "config.init", "give the path of a file")())
 
 
 def _from_file(

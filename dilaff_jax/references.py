@@ -7,12 +7,13 @@ from typing import Any
 from dilaff_jax.errors import UserError
 
 
-def resolve(reference: str, where: str) -> Any:
+def resolve(reference: str, where: str, otherwise: str = "put its folder on PYTHONPATH") -> Any:
     """Returns what "module:attribute" names; the attribute may have dots.
 
     Args:
         reference: such as "my_package.my_module:MyEncoder".
         where: the key of the config that holds it, for messages.
+        otherwise: what else could be done about a module that does not exist.
 
     Raises:
         UserError: there is no such module or attribute. What the module itself raises while it is
@@ -24,7 +25,7 @@ def resolve(reference: str, where: str) -> Any:
     if not _exists(module):
         raise UserError(
             f"{where} names {reference!r}, but there is no module {module!r}: pip install it, or "
-            "put its folder on PYTHONPATH"
+            f"{otherwise}"
         )
     try:
         return pkgutil.resolve_name(reference)

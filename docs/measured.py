@@ -5,7 +5,7 @@ its file and says where in it the number stands:
 
     propagation takes [75.5 ms][propagation.513.numba]
 
-    [propagation.513.numba]: results/propagation_cpu.json "results > size=513x513x21 > numba > *1000"
+    [propagation.513.numba]: results/propagation_cpu.json "results > size=513x513x21 > numba"
 
 Each step is a key, an index, or KEY=VALUE[,KEY=VALUE] for the entry of a list; *N multiplies. The
 number keeps the decimals and the unit that it is written with. Pages of docs/ write ../results;

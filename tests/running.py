@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import conftest, tiny_config
+from tests import conftest, progress, tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -48,7 +48,7 @@ def start(data_dir, workdir, *options, devices=4, environment=(), **settings):
 
 
 def finish(process, code=0):
-    output, _ = process.communicate(timeout=300)
+    output = progress.output(process)
     assert process.returncode == code, output
     return output
 

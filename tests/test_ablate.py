@@ -40,6 +40,7 @@ def make_config(data_dir, **changes):
     config.data.data_dir = str(data_dir)
     config.num_steps = 4
     config.parallel.devices = 1
+    config.ablate = ablate_config.default()
     config.ablate.update({"seeds": (3,), "processes": 1, "resamples": 50, "repeats": 1})
     config.ablate.update({"pictures": 1, "rivals": {}})
     with config.ignore_type():
@@ -68,10 +69,10 @@ def whole(data_dir, tmp_path_factory):
         computed.append(folder)
         return fill(folder, *rest)
 
-    train_and_evaluate, fill = train.train_and_evaluate, network_outputs._fill
+    train_and_evaluate, fill = train.train_and_evaluate, network_outputs.fill
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_and_evaluate", spy_train)
-        patch.setattr(network_outputs, "_fill", spy_fill)
+        patch.setattr(network_outputs, "fill", spy_fill)
         with pytest.raises(preemption.Preempted):
             run.ablate(config, workdir)
         first = run.ablate(config, workdir)

@@ -106,8 +106,8 @@ def test_neighbours_by_product_are_those_by_shifts(shape):
     for dilations in ((1, 2, 4, 8), (3,)):
         offsets = affinity.offsets(dilations)
         with jax.default_matmul_precision("bfloat16"):
-            found = affinity._neighbours_by_product(jnp.asarray(labels), offsets, 255)
-        expected = affinity._neighbours(jnp.asarray(labels), offsets, 255)
+            found = affinity.neighbours_by_product(jnp.asarray(labels), offsets, 255)
+        expected = affinity.neighbours(jnp.asarray(labels), offsets, 255)
         np.testing.assert_array_equal(found, expected)
         assert found.dtype == np.uint8
 

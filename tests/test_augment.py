@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dilaff_jax.data import augment, data_config
-from dilaff_jax.data.augment import Augmentation, Window
+from dilaff_jax.data.augment import Augmentation, Crop
 from tests.data_files import classes_map, picture
 
 BLOCK = 16
@@ -160,8 +160,8 @@ def test_crops_of_one_class_are_avoided():
 def test_ignored_pixels_do_not_count_as_a_class():
     label = np.full((40, 40), 255, np.uint8)
     label[:2], label[2:4] = 0, 1
-    assert augment._largest_share(label, Window(0, 0, 40, 40, 40, 40)) == 0.5
-    assert augment._largest_share(label, Window(10, 0, 30, 40, 30, 40)) == 1.0
+    assert augment.largest_share(label, Crop(0, 0, 40, 40, 40, 40)) == 0.5
+    assert augment.largest_share(label, Crop(10, 0, 30, 40, 30, 40)) == 1.0
 
 
 @hypothesis.given(
@@ -185,7 +185,7 @@ def test_any_size_gives_a_full_crop(size, crop, scale, seed):
     scale=st.floats(0.05, 8),
 )
 def test_windows_lie_in_the_image_and_keep_the_scale(size, crop, scale):
-    window = augment.random_window(size, crop, scale, np.random.default_rng(0))
+    window = augment.random_crop(size, crop, scale, np.random.default_rng(0))
     for start, part, out, length, target in zip(
         window[:2], window[2:4], window[4:], size, crop, strict=True
     ):
@@ -215,7 +215,7 @@ def bilinear_loop(image, out_height, out_width):
 @pytest.mark.parametrize("out", [(32, 40), (8, 4), (16, 18)])
 def test_cut_is_bilinear_and_nearest_with_the_same_centres(out):
     image, label = picture(20, 30), classes_map(20, 30)
-    window = Window(3, 5, 12, 18, *out)
+    window = Crop(3, 5, 12, 18, *out)
     got, got_label = augment.cut(image, label, window)
     part, part_label = image[3:15, 5:23], label[3:15, 5:23]
     np.testing.assert_allclose(got, bilinear_loop(part.astype(float), *out), atol=1.01)

@@ -151,7 +151,7 @@ def test_what_is_converted_to_onnx_is_written_for_no_platform(tiny_run):
     x = jnp.asarray(IMAGES[:1], jnp.float32)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     assert "platform_index" in str(jax.make_jaxpr(stablehlo.program(net))(shape))
-    names, function = onnx._flat(net, shape)
+    names, function = onnx.flattened(net, shape)
     assert "platform" not in str(jax.make_jaxpr(function)(shape))
     wanted = jax.jit(stablehlo.program(net))(x)
     for name, value in zip(names, jax.jit(function)(x), strict=True):

@@ -66,7 +66,7 @@ def test_windows_begin_on_the_affinity_grid_and_cover_the_image():
     for size in range(1, 60):
         for window in (8, 13, 32):
             for cell in (1, 2, 4):
-                starts = test_time._starts(size, min(window, size), 2 / 3, cell)
+                starts = test_time.window_starts(size, min(window, size), 2 / 3, cell)
                 assert all(s % cell == 0 for s in starts)
                 assert starts[0] == 0
                 assert starts[-1] + min(window, size) >= size

@@ -320,10 +320,10 @@ def test_infinite_logits_fall_into_the_outer_bins():
 
 
 def test_bins_part_at_zero_and_grow_with_the_logit():
-    limits = edges._limits()
+    limits = edges.bin_limits()
     assert limits[edges.BINS // 2] == 0
     assert limits[-1] == pytest.approx(1e4)
-    width, centre = np.diff(limits), np.abs(edges._centres())
+    width, centre = np.diff(limits), np.abs(edges.bin_centres())
     assert width.min() < 1e-5
     assert (width / centre < 0.01)[centre > 0.002].all()
 

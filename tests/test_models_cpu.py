@@ -164,9 +164,10 @@ def test_what_is_materialized_is_computed_once():
 
 NETWORK = {
     "encoder": "resnet18",
+    "encoder_options": {"stages": 1},
     "output_stride": 16,
     "decoder": "deeplabv3plus",
-    "decoder_options": {"width": 16, "low_level": 8, "separable": True},
+    "decoder_options": {"width": 8, "low_level": 8, "separable": True},
     "affinity": {"width": 8},
 }
 

@@ -53,14 +53,14 @@ def test_another_dilation_fails_the_report(monkeypatch, capsys):
 
 
 def test_a_layer_without_comparison_fails_the_report(monkeypatch):
-    honest = parity._stages
+    honest = parity.module_outputs
 
     def stages(model, intermediates):
         found = honest(model, intermediates)
         del found["layer2.0.bn1"]
         return found
 
-    monkeypatch.setattr(parity, "_stages", stages)
+    monkeypatch.setattr(parity, "module_outputs", stages)
     with pytest.raises(ValueError, match=r"one side only: \['layer2\.0\.bn1'\]"):
         parity.network_rows("resnet18", (33, 33), batch=2, seed=0)
 

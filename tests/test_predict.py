@@ -4,6 +4,7 @@ import json
 import shutil
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import dilaff_jax
-from dilaff_jax import commands, predict_files, predictor, propagate, resize, video, writer
+from dilaff_jax import commands, propagate, resize
 from dilaff_jax.data import images
+from dilaff_jax.data.class_list import Classes
+from dilaff_jax.serving import predict_files, predictor, video, writer
+from dilaff_jax.serving.network import Network
 from tests import data_files
 from tests import tiny_run as runs
 
@@ -150,14 +154,36 @@ def test_images_are_scaled_as_in_training_and_labels_come_back_in_full_size(tiny
     assert np.mean(found.labels != wanted) < 1e-3
 
 
-def test_only_the_last_programs_are_kept(tiny_run):
+def test_only_the_last_programs_are_kept(monkeypatch):
+    compiled = []
+    compile_it = jax.stages.Lowered.compile
+
+    def spy(lowered, *args):
+        compiled.append(lowered.in_avals[0][1].shape[1])
+        return compile_it(lowered, *args)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spy)
+    colours = Classes(("red", "green", "blue"), np.eye(3, dtype=np.uint8) * 255)
+
+    def apply(_, images):
+        return images[:, ::4, ::4] / 32.0, None
+
+    model = predictor.Predictor(Network(apply, (), None, colours, {"name": "identity"}))
+    sizes = [8 + n for n in range(predictor.PROGRAMS + 1)]
+    for size in (*sizes, sizes[-1], sizes[1]):
+        model.infer(np.zeros((size, 8, 3), np.uint8))
+    assert compiled == sizes
+    model.infer(np.zeros((sizes[0], 8, 3), np.uint8))
+    assert compiled == [*sizes, sizes[0]]
+
+
+def test_a_list_of_images_gives_a_list_of_results(tiny_run):
     model = dilaff_jax.load(tiny_run)
-    model._compile = lambda canvas: canvas
-    programs = predictor.functools.lru_cache(maxsize=predictor.PROGRAMS)(model._compile)
-    for size in range(predictor.PROGRAMS + 3):
-        programs((size, size))
-    assert programs.cache_info().currsize == predictor.PROGRAMS
-    assert model._programs.cache_info().maxsize == predictor.PROGRAMS
+    pictures = [data_files.picture(40, 48, seed) for seed in range(2)]
+    one, other = model(pictures)
+    np.testing.assert_array_equal(one.labels, model(pictures[0]).labels)
+    np.testing.assert_array_equal(other.probs, model(pictures[1]).probs)
+    assert model(()) == []
 
 
 # Videos.
@@ -281,7 +307,7 @@ def test_an_input_that_is_not_there_or_empty_is_refused(model, tmp_path):
 def command(workdir, **values):
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(**{k: str(v) if k != "overlays" else v for k, v in values.items()}):
-        commands.run("predict", None, workdir)
+        commands.MODES["predict"](None, workdir)
 
 
 def test_the_command_says_what_it_did_and_fails_if_nothing_could_be_read(

@@ -158,7 +158,7 @@ def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
 def test_this_machines_devices_share_its_memory():
     found = chips.devices("auto")
     assert found == jax.local_devices()
-    assert run._limit(chips.of(found[0]), found) * len(found) == chips.of(found[0]).memory
+    assert run.memory_limit(chips.of(found[0]), found) * len(found) == chips.of(found[0]).memory
 
 
 def test_an_unprepared_data_set_of_unknown_classes_is_refused(tmp_path):
@@ -167,7 +167,7 @@ def test_an_unprepared_data_set_of_unknown_classes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not prepared"):
         run.run(config, tmp_path, "auto")
     config.data.dataset = "camvid"
-    assert run._classes_and_size(config, 0) == (11, (32, 32))
+    assert run.classes_and_size(config, 0) == (11, (32, 32))
 
 
 def test_propagation_is_measured_on_this_machine(tmp_path):

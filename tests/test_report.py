@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dilaff_jax.ablation import arms, network_outputs, report, run
-from dilaff_jax.ablation.report import __main__ as command
 from dilaff_jax.ablation.report import content, diagram
+from dilaff_jax.report import __main__ as command
 from tests import data_files, planted
 from tests.test_ablate import make_config
 

@@ -248,8 +248,16 @@ def test_a_parameter_that_is_not_finite_is_named_as_the_source():
 @pytest.mark.parametrize(
     ("loss", "model", "message"),
     [
-        ({"segmentation": "dice"}, {}, "loss.segmentation is 'dice'; allowed: cross_entropy, ohem"),
-        ({"affinity_loss": "hinge"}, {}, "loss.affinity_loss is 'hinge'; allowed: balanced"),
+        (
+            {"segmentation": "dice"},
+            {},
+            "loss.segmentation is 'dice'; expected one of 'cross_entropy', 'ohem'",
+        ),
+        (
+            {"affinity_loss": "hinge"},
+            {},
+            "loss.affinity_loss is 'hinge'; expected one of 'balanced'",
+        ),
         ({"affinity": -1.0}, {}, "loss.affinity is -1.0; expected 0 or more"),
         ({}, {"affinity": None}, r"need an affinity head: set model\.affinity"),
     ],

@@ -217,6 +217,6 @@ def test_a_disk_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
 
 
 def test_a_studys_grid_has_the_operator_that_was_trained_through(whole):
-    configured = config_study._candidate(whole["config"].refine)
+    configured = config_study.configured_candidate(whole["config"].refine)
     assert configured not in operators.grid(whole["config"].ablate.grid.to_dict())
     assert configured.operator == "signed"

@@ -219,7 +219,8 @@ def evaluation(data_dir, trained, workdir, batch_size, devices, **changes):
     config = make_config(data_dir)
     config.eval.update({"batch_size": batch_size, **changes})
     on = parallel.Devices("pmap", devices)
-    return evaluate.Evaluation(config, trained[0], on, workdir)(trained[1], 1)
+    source = datasets.load(config.data, config.data.eval_split)
+    return evaluate.Evaluation(config, trained[0], on, workdir, source)(trained[1], 1)
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(3, 1), (8, 1), (4, 2), (8, 4)])

@@ -1,6 +1,10 @@
 """The shapes and dtypes that the method's signatures state are those that go in and come out."""
 
+import functools
+import types
+
 import beartype
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -14,6 +18,17 @@ CLASSES = 3
 def checked(function):
     """The function, whose annotations are held to what it is given and returns."""
     return jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
+
+
+def traced(test):
+    """The test without what is computed: arrays are traced, which shapes and dtypes need alone."""
+
+    @functools.wraps(test)
+    def run(case):
+        arrays = {k: v for k, v in vars(case).items() if k not in ("size", "offsets")}
+        jax.eval_shape(lambda traced: test(types.SimpleNamespace(**vars(case) | traced)), arrays)
+
+    return run
 
 
 class Case:
@@ -37,6 +52,7 @@ def case(request):
     return Case(request.param)
 
 
+@traced
 def test_affinity(case):
     offsets = checked(affinity.offsets)((1, 2), len(case.size))
     checked(affinity.dilation_of)(offsets)
@@ -52,10 +68,11 @@ def test_affinity(case):
     checked(affinity.mirror)(case.affinity_logits[..., : len(half)], offsets)
 
 
+@traced
 def test_propagation(case):
     offsets, guide = case.offsets, case.affinity_logits
     checked(propagate.signed)(case.probs, guide, offsets)
-    checked(propagate.random_walk)(case.probs, 1 / (1 + np.exp(-guide)), offsets)
+    checked(propagate.random_walk)(case.probs, jax.nn.sigmoid(guide), offsets)
     checked(propagate.per_offset)(0.5, offsets)
     size = tuple(2 * n for n in case.size)
     checked(propagate.refine_logits)(case.logits, guide, offsets, size)
@@ -65,6 +82,7 @@ def test_propagation(case):
     checked(numerics.log_probs)(jnp.asarray(case.probs))
 
 
+@traced
 def test_losses(case):
     for name in ("cross_entropy", "focal", "ohem", "loss_max_pooling"):
         checked(losses.finish)(checked(getattr(losses, name))(case.logits, case.labels))

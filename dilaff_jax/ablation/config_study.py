@@ -132,7 +132,7 @@ def _row(config: ml_collections.ConfigDict, of: Sequence[arms.Run]) -> dict[str,
     if outputs[0].affinity_logits is None:
         plain = [selection.plain_scores(o, scoring.plain_maps(o, rows), tolerance) for o in outputs]
         return {"plain": _spreads(plain)} | networks
-    configured = _candidate(of[0].config.refine)
+    configured = configured_candidate(of[0].config.refine)
     grid = list(dict.fromkeys([*operators.grid(ablate.grid.to_dict()), configured]))
     bias = [selection.fit_bias(o, rows) for o in outputs]
     scores = [
@@ -156,7 +156,7 @@ def _row(config: ml_collections.ConfigDict, of: Sequence[arms.Run]) -> dict[str,
     } | networks
 
 
-def _candidate(refine: ml_collections.ConfigDict) -> Candidate:
+def configured_candidate(refine: ml_collections.ConfigDict) -> Candidate:
     """The operator of `config.refine`, which a network may have been trained through."""
     options = refine.to_dict()
     return Candidate(options.pop("name"), tuple(options.items()))

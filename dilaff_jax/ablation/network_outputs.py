@@ -93,7 +93,7 @@ def compute(run: arms.Run, split: str) -> Outputs:
     if cache.read(folder / "about.json", about) is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _fill(folder, run, split, model, source)
+        fill(folder, run, split, model, source)
         cache.write(folder / "about.json", about, True)
     file = folder / "edges.npy"
     return Outputs(
@@ -127,7 +127,7 @@ def _about(
     }
 
 
-def _fill(
+def fill(
     folder: pathlib.Path,
     run: arms.Run,
     split: str,

@@ -1,7 +1,7 @@
 """Joint augmentation of an image and its labels: scale, crop, flip, colours, padding.
 
 The recipe is mmsegmentation's (RandomResize, RandomCrop with cat_max_ratio, RandomFlip,
-PhotoMetricDistortion, padding), with two differences that change speed only: the crop's window is
+PhotoMetricDistortion, padding), with two differences that change speed only: the crop is
 cut out before it is scaled, so that nothing outside it is computed, and the steps of the
 photometric distortion are tables. Images are resampled bilinearly, labels by nearest neighbour with
 the same half-pixel centres, so both stay aligned at any scale.
@@ -18,7 +18,7 @@ from dilaff_jax.labels import IGNORE_LABEL
 _TRIES = 10  # mmsegmentation's number of crops tried for cat_max_ratio
 
 
-class Window(NamedTuple):
+class Crop(NamedTuple):
     """A crop: the part of the source that is seen, and the size it is scaled to."""
 
     top: int
@@ -63,32 +63,32 @@ class Augmentation:
             RGB uint8 `[*crop_size, 3]` and uint8 `[*crop_size]`. Beyond the image, at the bottom
             and right: `pad_rgb`, and 255.
         """
-        window = self.choose(label, rng)
-        image, label = cut(image, label, window)
+        crop = self.choose(label, rng)
+        image, label = cut(image, label, crop)
         if rng.random() < self.flip:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         if self.photometric:
             image = photometric(image, rng)
         return pad(image, label, self.crop_size, self.pad_rgb)
 
-    def choose(self, label: np.ndarray, rng: np.random.Generator) -> Window:
+    def choose(self, label: np.ndarray, rng: np.random.Generator) -> Crop:
         """Draws a scale and a crop, again while one class fills more than `cat_max_ratio` of it."""
         scale = rng.uniform(*self.scale_range)
         if self.base_size is not None:
             scale *= self.base_size / min(label.shape)
         for _ in range(_TRIES):
-            window = random_window(label.shape, self.crop_size, scale, rng)
-            if self.cat_max_ratio >= 1 or _largest_share(label, window) < self.cat_max_ratio:
+            crop = random_crop(label.shape, self.crop_size, scale, rng)
+            if self.cat_max_ratio >= 1 or largest_share(label, crop) < self.cat_max_ratio:
                 break
-        return window
+        return crop
 
 
-def random_window(
+def random_crop(
     size: tuple[int, ...], crop_size: tuple[int, int], scale: float, rng: np.random.Generator
-) -> Window:
+) -> Crop:
     """A random crop of `crop_size` out of the image scaled by `scale`, in unscaled coordinates.
 
-    Where the scaled image is smaller than the crop, all of it is taken. The window has whole
+    Where the scaled image is smaller than the crop, all of it is taken. The crop has whole
     pixels, so the scale is met to within half a source pixel over the crop.
     """
     starts, lengths, outs = [], [], []
@@ -98,21 +98,21 @@ def random_window(
         starts.append(int(rng.integers(length - part + 1)))
         lengths.append(part)
         outs.append(min(scaled, crop))
-    return Window(*starts, *lengths, *outs)
+    return Crop(*starts, *lengths, *outs)
 
 
-def _largest_share(label: np.ndarray, window: Window) -> float:
-    """Share of the largest class among a window's labelled pixels; 1 if nothing is labelled."""
-    top, left, height, width = window[:4]
+def largest_share(label: np.ndarray, crop: Crop) -> float:
+    """Share of the largest class among a crop's labelled pixels; 1 if nothing is labelled."""
+    top, left, height, width = crop[:4]
     part = np.ascontiguousarray(label[top : top + height, left : left + width])
     counts = cv2.calcHist([part], [0], None, [256], [0, 256])[:IGNORE_LABEL]
     total = float(counts.sum())
     return float(counts.max()) / total if total else 1.0
 
 
-def cut(image: np.ndarray, label: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a window out of both and scales it: bilinear for the image, nearest for the labels."""
-    top, left, height, width, out_height, out_width = window
+def cut(image: np.ndarray, label: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a crop out of both and scales it: bilinear for the image, nearest for the labels."""
+    top, left, height, width, out_height, out_width = crop
     image = image[top : top + height, left : left + width]
     label = label[top : top + height, left : left + width]
     if (out_height, out_width) != (height, width):

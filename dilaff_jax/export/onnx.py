@@ -49,7 +49,7 @@ def write(network: Network, path: str | os.PathLike, size: Sequence[int]) -> dic
             f"{e}; pip install -e '.[onnx]' && pip install --no-deps jax2onnx==0.17.1"
         ) from e
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    names, function = _flat(network, images)
+    names, function = flattened(network, images)
     try:
         model = jax2onnx.to_onnx(function, [images], return_mode="proto")
     except Exception as e:  # it raises of many kinds
@@ -64,7 +64,9 @@ def write(network: Network, path: str | os.PathLike, size: Sequence[int]) -> dic
     return metadata
 
 
-def _flat(network: Network, images: jax.ShapeDtypeStruct) -> tuple[list[str], Callable[..., Any]]:
+def flattened(
+    network: Network, images: jax.ShapeDtypeStruct
+) -> tuple[list[str], Callable[..., Any]]:
     """The exported program's outputs by name, and it as a function of plain JAX operations.
 
     jax2onnx replaces layers of Flax by its own, which know less (no explicit padding of a pool);

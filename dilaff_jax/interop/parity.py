@@ -224,7 +224,7 @@ def _run_jax(
     )
     after = {"batch_stats": state["batch_stats"]} if mode == "train" else {}
     return Result(
-        _stages(model, state["intermediates"]),
+        module_outputs(model, state["intermediates"]),
         {k: np.asarray(v) for k, v in outputs.items()},
         np.asarray(loss),
         torch_layout.to_torch(model, {"params": gradients}),
@@ -245,7 +245,7 @@ def _outputs(out: Any, size: Sequence[int]) -> dict[str, jax.Array]:
     }
 
 
-def _stages(model: nn.Module, intermediates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def module_outputs(model: nn.Module, intermediates: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Every module's output under its torch name.
 
     A ConvNorm as a whole has no module in torch that it equals (the activation stands apart), so

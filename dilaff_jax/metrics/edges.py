@@ -78,7 +78,7 @@ def precision_recall_f1(
     An edge is called a class edge where its logit is below `threshold` (to the nearest bin; 0 is
     exact). NaN where nothing is called so, or where there is none.
     """
-    called = int(np.argmin(np.abs(_limits() - threshold)))
+    called = int(np.argmin(np.abs(bin_limits() - threshold)))
     return _precision_recall_f1(_check_histogram(histogram))[:, called]
 
 
@@ -92,7 +92,7 @@ def best_f1(
     f1 = _precision_recall_f1(_check_histogram(histogram))[..., 2]
     best = np.argmax(np.nan_to_num(f1, nan=-1.0), axis=1)
     score = f1[np.arange(len(f1)), best]
-    return np.where(np.isnan(score), np.nan, _limits()[best]), score
+    return np.where(np.isnan(score), np.nan, bin_limits()[best]), score
 
 
 def average_precision(histogram: Real[ArrayLike, " D 2 bins"]) -> Float[np.ndarray, " D"]:
@@ -125,7 +125,7 @@ def reliability(
     """
     counts = _check_histogram(histogram)
     bias = np.broadcast_to(np.asarray(bias, np.float64), len(counts))
-    prob = _sigmoid(_centres() - bias[:, None])
+    prob = _sigmoid(bin_centres() - bias[:, None])
     place = np.minimum((prob * bins).astype(int), bins - 1)
     number, same, mass = (
         np.array([np.bincount(p, w, bins) for p, w in zip(place, weights, strict=True)])
@@ -168,7 +168,7 @@ def fit_bias(histogram: Real[ArrayLike, " D 2 bins"]) -> Float[np.ndarray, " D"]
     low, high = np.full(len(counts), -2000.0), np.full(len(counts), 2000.0)
     for _ in range(60):
         middle = (low + high) / 2
-        expected = np.sum(counts.sum(axis=1) * _sigmoid(_centres() - middle[:, None]), axis=-1)
+        expected = np.sum(counts.sum(axis=1) * _sigmoid(bin_centres() - middle[:, None]), axis=-1)
         low, high = np.where(expected > same, middle, low), np.where(expected > same, high, middle)
     return (low + high) / 2
 
@@ -209,12 +209,13 @@ def affinity_summary(
     return {key: value for key, value in {**rows, **means}.items() if not np.isnan(value)}
 
 
-def _limits() -> np.ndarray:
+def bin_limits() -> np.ndarray:
     """The BINS + 1 logits between bins."""
     return _UNIT * np.sinh((np.arange(BINS + 1) - BINS / 2) / _SCALE)
 
 
-def _centres() -> np.ndarray:
+def bin_centres() -> np.ndarray:
+    """The logit that stands for each of the BINS bins."""
     return _UNIT * np.sinh((np.arange(BINS) + 0.5 - BINS / 2) / _SCALE)
 
 

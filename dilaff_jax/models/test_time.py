@@ -107,7 +107,7 @@ def _sliding(
     affinity_shape = shapes["affinity_logits"]
     # Windows begin on the affinity grid, so that its cells of all windows coincide.
     cell = 1 if affinity_shape is None else -(-window[0] // affinity_shape.shape[1])
-    tops = [_starts(n, w, stride, cell) for n, w in zip(size, window, strict=True)]
+    tops = [window_starts(n, w, stride, cell) for n, w in zip(size, window, strict=True)]
     canvas = [t[-1] + w for t, w in zip(tops, window, strict=True)]
     padding = [(0, 0), *((0, max(0, c - n)) for c, n in zip(canvas, size, strict=True)), (0, 0)]
     padded = jnp.pad(images, padding, mode="edge")
@@ -136,7 +136,7 @@ def _sliding(
     return logits, affinity[:, :rows, :columns]
 
 
-def _starts(size: int, window: int, stride: float, cell: int) -> list[int]:
+def window_starts(size: int, window: int, stride: float, cell: int) -> list[int]:
     """Where windows begin: every stride·window pixels, the last one where the image ends."""
     step = max(cell, int(window * stride) // cell * cell)
     last = -(-max(0, size - window) // cell) * cell

@@ -135,11 +135,11 @@ def run(
     slice_devices = chips.devices(topology)
     chip, count = chips.of(slice_devices[0]), len(slice_devices)
     devices = Devices("shard_map", compile_for=slice_devices)
-    programs = Programs(config, *_classes_and_size(config, classes), devices)
+    programs = Programs(config, *classes_and_size(config, classes), devices)
     print(_heading(topology, chip, count), flush=True)
 
     footprints: dict[str, Footprint] = {}
-    limit, parts = _limit(chip, slice_devices), config.optim.accumulate
+    limit, parts = memory_limit(chip, slice_devices), config.optim.accumulate
     each = devices.per_process(config.batch_size) // count
     for name, (lower, rows) in programs.all(each).items():
         repeats = parts if name == TRAIN else 1
@@ -212,7 +212,7 @@ def _predict(known: list[Footprint], unit: int) -> int:
     return max(unit, int(rows) // unit * unit)
 
 
-def _limit(chip: Chip, devices: list[Any]) -> float | None:
+def memory_limit(chip: Chip, devices: list[Any]) -> float | None:
     """Memory for one device's program; the CPU "devices" of a machine share its memory."""
     if devices[0].platform == "tpu":
         return available(devices[0])
@@ -221,7 +221,7 @@ def _limit(chip: Chip, devices: list[Any]) -> float | None:
     return (devices[0].memory_stats() or {}).get("bytes_limit", chip.memory)
 
 
-def _classes_and_size(
+def classes_and_size(
     config: ml_collections.ConfigDict, classes: int
 ) -> tuple[int, tuple[int, int]]:
     """Classes and size of evaluation images, from the data set if it is prepared."""

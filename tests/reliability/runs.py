@@ -5,7 +5,7 @@ import pathlib
 import time
 
 from dilaff_jax.runtime import checkpoint
-from tests import data_files
+from tests import data_files, progress
 
 # One device, and boundaries cost more than the network: what is tested here is around the numbers.
 OPTIONS = {
@@ -41,13 +41,15 @@ def data(tmp_path_factory):
     return data_files.tiny_shapes(tmp_path_factory.mktemp("data"), train=10, validation=3)
 
 
-def wait_for(condition, process, seconds=240):
+def wait_for(condition, process):
     """Waits until `condition()`; False if the process ends before. Looks a thousand times a second."""
-    deadline = time.monotonic() + seconds
+    watch, looked = progress.Watch(process), time.monotonic()
     while not condition():
         if process.poll() is not None:
             return False
-        assert time.monotonic() < deadline, f"{condition} did not come about in {seconds} s"
+        if time.monotonic() > looked + 5:
+            watch.look()
+            looked = time.monotonic()
         time.sleep(0.001)
     return True
 

@@ -66,8 +66,8 @@ CONFIGS = cases(
         "unknown part",
         {"optm": 1},
         "config has no key 'optm' (did you mean 'optim'?); allowed: seed, num_steps, batch_size, "
-        "log_every, eval_every, checkpoint_every, keep_latest, best_metric, profile_steps, loss, "
-        "optim, inference, eval, init, parallel, data, model, ablate, refine",
+        "log_every, eval_every, checkpoint_every, best_metric, keep_latest, profile_steps, data, "
+        "model, loss, optim, init, inference, eval, parallel, refine, ablate",
     ),
     (
         "unknown key of a part",
@@ -89,7 +89,7 @@ CONFIGS = cases(
     (
         "unknown optimiser",
         {"optim.name": "lion"},
-        "optim.name is 'lion'; expected one of ('sgd', 'adamw')",
+        "config.optim.name is 'lion'; expected one of 'sgd', 'adamw'",
     ),
     (
         "warm-up as long as the run",
@@ -100,7 +100,8 @@ CONFIGS = cases(
     (
         "unknown loss",
         {"loss.segmentation": "dice"},
-        "loss.segmentation is 'dice'; allowed: cross_entropy, ohem, focal, loss_max_pooling",
+        "config.loss.segmentation is 'dice'; expected one of 'cross_entropy', 'ohem', 'focal', "
+        "'loss_max_pooling'",
     ),
     (
         "affinity loss without a head",
@@ -112,7 +113,7 @@ CONFIGS = cases(
         "parts of a loss that mines",
         {"optim.accumulate": 2, "loss.segmentation": "ohem"},
         "optim.accumulate is 2 and a loss of ('ohem', 'balanced') mines by the predictions; its "
-        "count is not known before all parts are seen: use accumulate=1",
+        "count is not known before all microbatches are seen: use accumulate=1",
     ),
     (
         "window without a step",
@@ -176,12 +177,12 @@ CONFIGS = cases(
     (
         "number for an encoder",
         {"model.encoder": 18},
-        "encoder is 18; expected a name",
+        "config.model.encoder is 18; expected a name",
     ),
     (
         "text for a switch",
         {"model.remat": "yes"},
-        "remat is 'yes'; expected True or False",
+        "config.model.remat is 'yes'; expected True or False",
     ),
     (
         "misspelt option of the head",
@@ -197,7 +198,7 @@ CONFIGS = cases(
     (
         "unknown mapping",
         {"parallel.mode": "jit"},
-        "parallel.mode is 'jit'; expected 'pmap' or 'shard_map'",
+        "config.parallel.mode is 'jit'; expected one of 'pmap', 'shard_map'",
     ),
     (
         "more devices than there are",

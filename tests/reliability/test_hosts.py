@@ -12,7 +12,7 @@ from tests.running import assert_same_numbers, lines, make_config, pair
 # Seconds until the other has ended. Without process 0, which keeps JAX's service, it is at once;
 # without another one the error is there at once, and the end when the service has missed that one's
 # heartbeats for HEARTBEAT seconds. The rest is for slow machines.
-HEARTBEAT, BOUND = 20, 120
+HEARTBEAT, BOUND = 20, 900
 
 
 @pytest.fixture(scope="module")

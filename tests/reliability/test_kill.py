@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from dilaff_jax.runtime import checkpoint
+from tests import progress
 from tests.reliability import runs
 from tests.reliability.runs import options, wait_for
 from tests.running import assert_bit_identical, finish, lines, saved, start
 
-KILLS = 20
+# In all, and in each of the tests that share them.
+KILLS, SHARE = 20, 5
 LAST = runs.OPTIONS["num_steps"]
 # When a process is killed: the time since it was started, as a share of what the starting takes;
 # or what it has just done, for the how-manieth time, and how long after that, seconds.
@@ -43,7 +45,7 @@ def data_dir(tmp_path_factory):
 def unbroken(data_dir, tmp_path_factory):
     """A run from start to end, in a process of its own, which also fills the compilation cache."""
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"
-    assert run(data_dir, workdir).wait(300) == 0
+    assert progress.wait(run(data_dir, workdir)) == 0
     return workdir
 
 
@@ -140,24 +142,27 @@ def tear(workdir, unbroken):
 
 
 @pytest.mark.slow
-def test_a_run_survives_20_kills_at_any_moment(unbroken, data_dir, tmp_path, record_property):
+@pytest.mark.parametrize("first", range(0, KILLS, SHARE))
+def test_a_run_survives_20_kills_at_any_moment(
+    first, unbroken, data_dir, tmp_path, record_property
+):
     """SIGKILL; every life goes on from the newest checkpoint, and each run ends bit-identical.
 
-    One run after the other until 20 kills are done: moments that a run does not come to, because
-    too few steps are left, are waited for in the next.
+    One run after the other until the kills of this share are done: moments that a run does not come
+    to, because too few steps are left, are waited for in the next.
     """
     survived, ended, life = 0, 0, None
     numbers = itertools.count()
     workdir = tmp_path / str(next(numbers))
     try:
-        for event, count, share in moments(seed=0):
+        for event, count, share in moments(seed=0)[first : first + SHARE]:
             while True:
                 expected = checkpoint.latest_step(workdir) if workdir.exists() else None
                 life = Life(data_dir, workdir)
                 if life.reach(event, count, share):
                     life.kill()
                     break
-                assert life.process.wait() == 0, (event, count, share)
+                assert progress.wait(life.process) == 0, (event, count, share)
                 assert_bit_identical(unbroken, workdir, LAST)
                 ended, workdir = ended + 1, tmp_path / str(next(numbers))
             assert_sound(workdir, unbroken)
@@ -166,14 +171,14 @@ def test_a_run_survives_20_kills_at_any_moment(unbroken, data_dir, tmp_path, rec
             tear(workdir, unbroken)
             survived += 1
         life = Life(data_dir, workdir)
-        assert life.process.wait(300) == 0
+        assert progress.wait(life.process) == 0
         assert_bit_identical(unbroken, workdir, LAST)
         left = [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
         assert not left, "what was being written when the process was killed is not cleared away"
     finally:
         if life is not None:
             life.kill()
-        record_property("kills_tried", KILLS)
+        record_property("kills_tried", SHARE)
         record_property("kills_survived", survived)
         record_property("runs_finished_bit_identical", ended + 1)
 
@@ -195,6 +200,6 @@ def test_sigterm_saves_the_step_under_way(unbroken, data_dir, tmp_path):
     assert at in (done + 1, done + 2)
     assert runs.steps(tmp_path) == [at]
     assert all(np.isfinite(value).all() for value in saved(tmp_path, at).values())
-    assert run(data_dir, tmp_path).wait(300) == 0
+    assert progress.wait(run(data_dir, tmp_path)) == 0
     assert json.loads(starts(tmp_path)[-1])["step"] == at
     assert_bit_identical(unbroken, tmp_path, LAST)
