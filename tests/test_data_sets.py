@@ -254,7 +254,7 @@ def test_voc_links_that_leave_are_refused(tmp_path):
     image = source / "VOCdevkit/VOC2012/JPEGImages/2007_1.jpg"
     image.rename(tmp_path / "outside.jpg")
     image.symlink_to(tmp_path / "outside.jpg")
-    with pytest.raises(DataError, match="symbolic link that leaves"):
+    with pytest.raises(DataError, match="symbolic link, or behind one, that leaves"):
         prepare.prepare("voc2012_seg", tmp_path / "out", source, SMALL_VOC)
 
 

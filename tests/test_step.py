@@ -10,6 +10,7 @@ import pytest
 
 from dilaff_jax import affinity, losses, optim, resize, step
 from dilaff_jax.configs import default
+from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
 from dilaff_jax.objective import Objective
 from dilaff_jax.runtime import parallel
@@ -287,3 +288,31 @@ def test_local_rows_come_back_in_the_order_of_the_batch():
         program = devices.map(lambda s, b: b["x"] + s, out="sharded")
         found = program(devices.replicate(jnp.ones(())), devices.shard({"x": rows}))
         np.testing.assert_array_equal(devices.local_rows(found), rows + 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "accumulate", "count", "refused"),
+    [
+        ({"decoder": "deeplabv3"}, 1, 1, 1, True),
+        ({"decoder": "deeplabv3"}, 2, 2, 1, True),
+        ({"decoder": "deeplabv3"}, 2, 1, 1, False),
+        ({"decoder": "deeplabv3"}, 2, 1, 2, False),
+        ({"decoder": "deeplabv3", "norm": "group"}, 1, 1, 1, False),
+        ({"decoder": "deeplabv3", "frozen_norm": True}, 1, 1, 1, False),
+        ({"decoder": "fcn"}, 1, 1, 1, False),
+    ],
+)
+def test_batch_norm_of_a_single_value_is_refused(model, rows, accumulate, count, refused):
+    """One image in a step leaves the pooled branch one value a channel, whose variance is 0."""
+    config = make_config(**model)
+    config.optim.accumulate = accumulate
+    _, train_step = make(config)
+    devices = parallel.Devices("shard_map", count)
+    state = devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3)))
+    program = devices.map(train_step, out="replicated")
+    batch = devices.shard(make_batch(rows=rows))
+    if refused:
+        with pytest.raises(UserError, match="BatchNorm of .*sees one pixel of one image in a step"):
+            jax.eval_shape(program, state, batch)
+    else:
+        jax.eval_shape(program, state, batch)

@@ -110,8 +110,25 @@ class ConvNorm(nn.Module):
                 conv_general_dilated=_own_conv(self.depthwise),
                 name="conv",
             )(x)
+        if train:
+            self._check_batch(y)
         y = self._norm(train)(y)
         return y if self.activation is None else self.activation(y)
+
+    def _check_batch(self, x: jax.Array) -> None:
+        """Raises UserError where batch statistics would be of a single value a channel."""
+        if self.style.norm == "group" or self.style.frozen_norm or self.is_initializing():
+            return
+        values = math.prod(x.shape[:-1])
+        if values == 1 and self.style.axis_name is not None:
+            values = jax.lax.axis_size(self.style.axis_name)
+        if values == 1:
+            raise UserError(
+                f"BatchNorm of {'/'.join(self.path)} sees one pixel of one image in a step: its "
+                "variance is 0, and evaluation would go wrong. Give all devices together 2 images or "
+                "more in each microbatch (batch_size, optim.accumulate), or set "
+                "model.norm='group', or model.frozen_norm=True with pretrained weights"
+            )
 
     def _norm(self, train: bool) -> nn.Module:
         if self.style.norm == "group":
