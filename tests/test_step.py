@@ -312,7 +312,9 @@ def test_batch_norm_of_a_single_value_is_refused(model, rows, accumulate, count,
     program = devices.map(train_step, out="replicated")
     batch = devices.shard(make_batch(rows=rows))
     if refused:
-        with pytest.raises(UserError, match="BatchNorm of .*sees one pixel of one image in a step"):
+        with pytest.raises(
+            UserError, match=r"BatchNorm of .*sees one pixel of one image in a step"
+        ):
             jax.eval_shape(program, state, batch)
     else:
         jax.eval_shape(program, state, batch)

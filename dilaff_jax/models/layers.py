@@ -125,8 +125,8 @@ class ConvNorm(nn.Module):
         if values == 1:
             raise UserError(
                 f"BatchNorm of {'/'.join(self.path)} sees one pixel of one image in a step: its "
-                "variance is 0, and evaluation would go wrong. Give all devices together 2 images or "
-                "more in each microbatch (batch_size, optim.accumulate), or set "
+                "variance is 0, and evaluation would go wrong. Give all devices together 2 images "
+                "or more in each microbatch (batch_size, optim.accumulate), or set "
                 "model.norm='group', or model.frozen_norm=True with pretrained weights"
             )
 
