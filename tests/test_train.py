@@ -338,3 +338,25 @@ def test_bad_numbers_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=re.escape(message)):
         train.train_and_evaluate(make_config(data_dir, **{key: value}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_opens_each_split_once_and_keeps_what_it_decoded(data_dir, tmp_path, monkeypatch):
+    opened, decoded = [], []
+    load, decode = datasets.load, datasets.Source._decode
+
+    def spy_load(config, split):
+        opened.append(split)
+        return load(config, split)
+
+    def spy_decode(source, record):
+        decoded.append(source.title)
+        return decode(source, record)
+
+    monkeypatch.setattr(datasets, "load", spy_load)
+    monkeypatch.setattr(datasets.Source, "_decode", spy_decode)
+    config = make_config(data_dir, num_steps=3, eval_every=1)
+    config.data.cache = True
+    train.train_and_evaluate(config, tmp_path)
+    assert sorted(opened) == ["train", "validation"]
+    # Three evaluations of seven images.
+    assert decoded.count("shapes/tiny validation") == 7
