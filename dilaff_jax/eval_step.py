@@ -92,7 +92,7 @@ class EvalStep:
     ) -> jax.Array:
         """Labels `[b, *size]` from logits `[b, h, w, C]`, refined as config.refine says."""
         labels, _ = propagate.refine_logits(
-            logits, affinity_logits, self._offsets, size, self._refine
+            logits, affinity_logits, self._offsets, size, self._refine, finite=True
         )
         return labels
 

@@ -101,6 +101,7 @@ class Objective:
                 self._offsets,
                 labels.shape[1:3],
                 self._refine,
+                finite=True,
             )
             # Cross-entropy of log p is that of p: softmax(log p) = p.
             terms["refined"] = losses.cross_entropy(log_probs(probs), labels)

@@ -207,6 +207,8 @@ def refine_logits(
     offsets: Int[np.ndarray, " K ndim"],
     size: Sequence[int],
     refine: Operator = signed,
+    *,
+    finite: bool = False,
 ) -> tuple[Int[Array, " B *size"], Float[Array, " B *size C"]]:
     """Refines at the affinity's stride; returns full-resolution labels and probabilities.
 
@@ -215,12 +217,17 @@ def refine_logits(
     have beyond the affinity's grid is kept, and where nothing is corrected the result is exactly
     the unrefined one. (If both share a grid this is softmax of the enlarged log q.) Our choice.
 
+    A logit of -inf says that a class is never there, see `resize.bilinear_logits`: its probability
+    is 0 in the result, and no other class is touched.
+
     Args:
-        logits: `[B, *any, C]`, of any stride.
+        logits: `[B, *any, C]`, of any stride; finite, or -inf.
         affinity_logits: `[B, *grid, K]`.
         offsets: `[K, ndim]`, in pixels of the affinity's grid.
         size: of the result, ndim integers.
         refine: an operator, from `operator` or a function with the signature of `signed`.
+        finite: whether the logits are known to hold no -inf, as those of networks here do; then
+            nobody looks.
 
     Returns:
         int32 labels `[B, *size]` and float32 probabilities `[B, *size, C]`.
@@ -229,13 +236,13 @@ def refine_logits(
         UserError: shapes that do not match, and what `refine` raises.
     """
     logits = jnp.asarray(logits)
-    change = correction(logits, affinity_logits, offsets, refine)
+    change = correction(logits, affinity_logits, offsets, refine, finite=finite)
     if len(size) != change.ndim - 2:
         raise UserError(
             f"size is {tuple(size)}, logits are {logits.shape}: offsets of {change.ndim - 2} "
             f"dimensions need [B, *spatial, C] and {change.ndim - 2} sizes"
         )
-    full = resize.bilinear(logits, size) + resize.bilinear(change, size)
+    full = _resized(logits, size, finite) + resize.bilinear(change, size)
     return jnp.argmax(full, axis=-1).astype(jnp.int32), jax.nn.softmax(full)
 
 
@@ -245,6 +252,8 @@ def correction(
     offsets: Int[np.ndarray, " K ndim"],
     refine: Operator = signed,
     cells: Sequence[int] | None = None,
+    *,
+    finite: bool = False,
 ) -> Float[Array, " B *part C"]:
     """What propagation changes, log q - log p on the affinity's grid; see `refine_logits`.
 
@@ -255,6 +264,7 @@ def correction(
         refine: an operator.
         cells: how many cells of the grid belong to the image, from its first corner; what lies
             beyond is padding, which then takes no part. None for all.
+        finite: see `refine_logits`.
 
     Returns:
         float32 `[B, *cells, C]`.
@@ -269,12 +279,24 @@ def correction(
             f"logits {logits.shape}, affinity_logits {affinity_logits.shape}: offsets of {ndim} "
             "dimensions need [B, *spatial, C] and [B, *spatial, K]"
         )
-    scores = resize.bilinear(logits, affinity_logits.shape[1:-1])
+    scores = _resized(logits, affinity_logits.shape[1:-1], finite)
     if cells is not None:
         part = (slice(None), *map(slice, cells))
         scores, affinity_logits = scores[part], affinity_logits[part]
     before = jax.nn.softmax(scores)
     return log_probs(refine(before, affinity_logits, offsets)) - log_probs(before)
+
+
+def _resized(logits: jax.Array, size: Sequence[int], finite: bool) -> jax.Array:
+    """Logits at another size; -inf is looked for unless they are known to be finite."""
+    if finite or logits.shape[1:-1] == tuple(size):
+        return resize.bilinear(logits, size)
+    return jax.lax.cond(
+        jnp.isneginf(logits).any(),
+        functools.partial(resize.bilinear_logits, size=tuple(size)),
+        functools.partial(resize.bilinear, size=tuple(size)),
+        logits,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("offsets", "steps", "order", "backend"))

@@ -34,6 +34,32 @@ def bilinear(
     )
 
 
+def bilinear_logits(x: Real[Array, " *spatial C"], size: Sequence[int]) -> Float[Array, " *size C"]:
+    """`bilinear` of logits that may be -inf, which says "never": so people switch classes off.
+
+    A class is never at an output pixel where it is never at the nearest input pixel; elsewhere it
+    is interpolated between the input pixels at which it is possible, their weights scaled to sum to
+    one. So a class that is switched off stays off, and what lies around a pixel that is -inf is not
+    spoilt. Equal to `bilinear` where all is finite; gradients are finite. Our choice.
+    """
+    x = x.astype(jnp.float32)
+    first = x.ndim - 1 - len(size)
+    if x.shape[first:-1] == tuple(size):
+        return x
+    never = jnp.isneginf(x)
+    weight = bilinear(jnp.where(never, 0.0, 1.0), size)
+    total = bilinear(jnp.where(never, 0.0, x), size)
+    for axis, n_out in enumerate(size, start=first):
+        n_in = never.shape[axis]
+        index = (2 * np.arange(n_out, dtype=np.int64) + 1) * n_in // (2 * n_out)
+        never = jnp.take(never, index, axis=axis)
+    possible = ~never & (weight > 0)
+    # Divided only where a class is partly possible: elsewhere the numbers stay those of `bilinear`.
+    partly = possible & (weight < 1 - 1e-6)
+    scaled = jnp.where(partly, total / jnp.where(partly, weight, 1), total)
+    return jnp.where(possible, scaled, -jnp.inf)
+
+
 def matrix(n_in: int, n_out: int) -> Float[np.ndarray, " n_out n_in"]:
     """The weights `[n_out, n_in]` that `bilinear` gives the pixels along one axis, float32."""
     centre = np.clip((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0, n_in - 1)

@@ -123,7 +123,7 @@ def _after(
     def program(candidate: Candidate) -> Callable[[Any, Any], jax.Array]:
         refine = operators.operator(candidate, bias)
         return lambda logits, affinity_logits: propagate.refine_logits(
-            logits, affinity_logits, offsets, size, refine
+            logits, affinity_logits, offsets, size, refine, finite=True
         )[0]
 
     arguments = out["logits"], out["affinity_logits"]

@@ -159,7 +159,9 @@ def _refine(
         numbers, bias = setting
         refine = propagate.operator(operator, bias=bias, **dict(static), **numbers)
         rows = np.array(offsets)
-        labels, _ = propagate.refine_logits(logits, affinity_logits, rows, size, refine)
+        labels, _ = propagate.refine_logits(
+            logits, affinity_logits, rows, size, refine, finite=True
+        )
         return labels.astype(jnp.uint8)
 
     return jax.lax.map(one, (options, biases))

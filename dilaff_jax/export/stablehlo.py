@@ -93,7 +93,7 @@ def program(network: Network, platform: str = "any") -> Callable[[jax.Array], di
             labels, probs = jnp.argmax(full, axis=-1), jax.nn.softmax(full)
         else:
             labels, probs = propagate.refine_logits(
-                logits, affinity_logits, network.offsets, size, refine
+                logits, affinity_logits, network.offsets, size, refine, finite=True
             )
         outputs = {"labels": labels.astype(jnp.uint8), "probs": probs, "logits": logits}
         return (

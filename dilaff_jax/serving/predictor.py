@@ -7,7 +7,6 @@ result = model("street.jpg")
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, overload
 
@@ -21,6 +20,7 @@ from dilaff_jax import propagate, resize, visualize
 from dilaff_jax.data import contact_sheet, images
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import files
 from dilaff_jax.serving.network import Network, from_run
 
 # Compiled programs that are kept; each belongs to one size of image.
@@ -201,6 +201,7 @@ class Predictor:
             self.network.offsets,
             self.refine if refine is None else refine,
             raw.geometry.cells(raw.affinity_logits.shape[1:3]),
+            finite=True,
         )
 
     def finish(self, image: np.ndarray, raw: Raw, change: jax.Array | None) -> Result:
@@ -263,7 +264,7 @@ def load(
         FileNotFoundError: there is no such run or file.
         UserError: it is damaged, or of another model than `config`.
     """
-    path = pathlib.Path(path)
+    path = files.local(path, "the run or exported file")
     if path.is_file():
         from dilaff_jax.serving import exported
 

@@ -163,6 +163,7 @@ def clip_correction(predictor: Predictor, held: list[tuple[np.ndarray, Raw]]) ->
         jnp.concatenate([within, across], axis=-1)[None],
         np.concatenate([np.pad(offsets, [(0, 0), (1, 0)]), between]),
         propagate.operator(**options),
+        finite=True,
     )[0]
 
 
