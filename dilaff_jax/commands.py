@@ -140,11 +140,12 @@ def predict(config: Config, workdir: pathlib.Path) -> None:
     """Segments files."""
     if not INPUT.value or not OUTPUT.value:
         raise UserError("--mode predict needs --input and --output")
+    from dilaff_jax.runtime import files
     from dilaff_jax.serving import predict_files
     from dilaff_jax.serving.writer import Options, Propagation
 
     options = Options(
-        pathlib.Path(OUTPUT.value),
+        files.local(OUTPUT.value, "--output"),
         cast(Propagation | None, PROPAGATION.value),
         OVERLAYS.value,
         PROBS.value,
@@ -152,7 +153,9 @@ def predict(config: Config, workdir: pathlib.Path) -> None:
         TEMPORAL.value,
         CHUNK.value,
     )
-    summary = predict_files.predict(load(config, workdir), pathlib.Path(INPUT.value), options)
+    summary = predict_files.predict(
+        load(config, workdir), files.local(INPUT.value, "--input"), options
+    )
     print(summary)
     if not summary.images:
         sys.exit(1)
@@ -161,11 +164,12 @@ def predict(config: Config, workdir: pathlib.Path) -> None:
 def view(config: Config, workdir: pathlib.Path) -> None:
     """Serves a local page."""
     from dilaff_jax.data import datasets
+    from dilaff_jax.runtime import files
     from dilaff_jax.serving import network, view_page
 
     view_page.check_port(PORT.value)  # before the time that a network takes
     if INPUT.value:
-        viewer = view_page.of_files(load(config, workdir), pathlib.Path(INPUT.value))
+        viewer = view_page.of_files(load(config, workdir), files.local(INPUT.value, "--input"))
     elif workdir == pathlib.Path():
         raise UserError("--mode view needs --workdir, or --model and --input")
     else:

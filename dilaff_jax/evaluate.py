@@ -188,6 +188,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Re
         FileNotFoundError: `workdir` holds no checkpoint.
         UserError: the checkpoint is of another model than `config` describes.
     """
+    workdir = files.local(workdir, "the workdir")
     settings.check(config)
     devices = Devices(config.parallel.mode, config.parallel.devices)
     source = datasets.load(config.data, config.data.eval_split)

@@ -12,7 +12,7 @@ from dilaff_jax import references, schema
 from dilaff_jax.data.datasets import Source
 from dilaff_jax.errors import UserError
 from dilaff_jax.models.segmenter import Segmenter
-from dilaff_jax.runtime import checkpoint
+from dilaff_jax.runtime import checkpoint, files
 from dilaff_jax.schema import Key
 from dilaff_jax.step import TrainState, TrainStep
 
@@ -64,7 +64,9 @@ def fresh(
     if not given:
         return state
     if init.workdir:
-        _, variables = checkpoint.read_variables(pathlib.Path(init.workdir), variables)
+        _, variables = checkpoint.read_variables(
+            files.local(init.workdir, "config.init.workdir"), variables
+        )
     else:
         variables = _from_file(config, model, variables, source)
     # A copy each: restored arrays may share memory, and the state's is given away in every step.
@@ -76,6 +78,7 @@ def weight_file(name: str) -> pathlib.Path:
     """The path that `config.init.encoder` or `.model` names: a file, or a package's function."""
     if ":" not in name or pathlib.Path(name).exists():
         return pathlib.Path(name)
+    files.local(name, "config.init")
     return pathlib.Path(references.resolve(name, "config.init", "give the path of a file")())
 
 

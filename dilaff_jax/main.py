@@ -3,7 +3,6 @@
 Installed, the package has it as `dilaff`, too.
 """
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -35,13 +34,14 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f"unknown argument {arguments[1]!r}; options begin with --")
     import jax
 
+    from dilaff_jax.runtime import files
     from dilaff_jax.runtime.preemption import Preempted
 
-    workdir = pathlib.Path(WORKDIR.value or "")
-    if WORKDIR.value:
-        cache = (workdir / "compilation_cache").absolute()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
+        workdir = files.local(WORKDIR.value or "", "--workdir")
+        if WORKDIR.value:
+            cache = (workdir / "compilation_cache").absolute()
+            jax.config.update("jax_compilation_cache_dir", str(cache))
         commands.MODES[MODE.value](CONFIG.value, workdir)
     except Preempted as stop:
         logging.warning("%s", stop)

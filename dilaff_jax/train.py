@@ -41,6 +41,7 @@ def train_and_evaluate(
         Preempted: the process was asked to stop; a checkpoint was written first.
     """
     entered = time.perf_counter()
+    workdir = files.local(workdir, "the workdir")
     settings.check(config)
     run = _assemble(config, workdir)  # what is wrong with a config shows before anything is written
     with locks.held(lock_file(workdir)) as mine:

@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-from dilaff_jax import errors, references, train
+import dilaff_jax
+from dilaff_jax import errors, evaluate, references, train
+from dilaff_jax.data import prepare
 from dilaff_jax.data.images import DataError
 from dilaff_jax.interop.torch_layout import KeyMismatchError
 from tests import data_files, running
@@ -71,3 +73,27 @@ def test_the_package_raises_no_bare_value_error():
             raised = node.exc if isinstance(node, ast.Raise) else None
             name = getattr(getattr(raised, "func", raised), "id", "")
             assert name not in ("ValueError", "FloatingPointError", "ImportError"), path
+
+
+URLS = ("gs://bucket/run", "s3://bucket/x", "hf://name")
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_is_refused_instead_of_becoming_a_folder(url, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = running.make_config(data_dir)
+    there = running.make_config(url)
+    given = running.make_config(data_dir)
+    given.init.workdir = url
+    for act in (
+        lambda: train.train_and_evaluate(config, pathlib.Path(url)),
+        lambda: train.train_and_evaluate(there, tmp_path / "run"),
+        lambda: train.train_and_evaluate(given, tmp_path / "run"),
+        lambda: evaluate.evaluate_run(config, pathlib.Path(url)),
+        lambda: dilaff_jax.load(url),
+        lambda: prepare.prepare("shapes", url),
+    ):
+        with pytest.raises(errors.UserError, match="only disks are read and written: mount"):
+            act()
+    made = {p.name for p in tmp_path.iterdir()}
+    assert made <= {"run"}, made

@@ -19,6 +19,7 @@ from dilaff_jax.data import data_config, images
 from dilaff_jax.data.builder import SegmentationBuilder
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import files
 
 
 def names() -> list[str]:
@@ -44,7 +45,7 @@ def directory(dataset: str, data_dir: str | os.PathLike) -> pathlib.Path:
     """Where `prepare` puts the data set `NAME` or `NAME/CONFIG`: data_dir/NAME[/CONFIG]/VERSION."""
     name, _, config_name = dataset.partition("/")
     cls = builder_class(name)
-    folder = pathlib.Path(data_dir).expanduser() / name / (config_name or cls.config_name or "")
+    folder = files.local(data_dir, "data_dir") / name / (config_name or cls.config_name or "")
     return folder / str(cls.VERSION)
 
 

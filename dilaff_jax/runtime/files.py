@@ -1,8 +1,12 @@
 """Files that are replaced at once: whoever reads sees the old content or the new, never a part."""
 
 import contextlib
+import os
 import pathlib
+import re
 from collections.abc import Iterator
+
+from dilaff_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -31,3 +35,18 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text file, UTF-8, see `replacing`."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def local(path: str | os.PathLike, what: str) -> pathlib.Path:
+    """The path, `~` expanded, of something on a disk.
+
+    Raises:
+        UserError: it is a URL such as gs://..., which `pathlib` would take for a folder named gs:.
+    """
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise UserError(
+            f"{what} is {text!r}, and only disks are read and written: mount the bucket (gcsfuse, "
+            "s3fs), or copy it, and give the folder"
+        )
+    return pathlib.Path(text).expanduser()
