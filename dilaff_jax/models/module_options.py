@@ -1,13 +1,13 @@
 """Options from a config into the fields of a Flax module, checked against their annotations."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 
+from dilaff_jax import schema
 from dilaff_jax.errors import UserError
 
 # What a field of this type may hold: a description, and a test.
@@ -49,7 +49,7 @@ def make_module(
     """
     known = fields(make)
     options = {k: _tuples(v) for k, v in options.items()}
-    check_keys(options, [f for f in known if f not in ("num_classes", "style")], where)
+    schema.check_keys(options, [f for f in known if f not in ("num_classes", "style")], where)
     for name, value in options.items():
         _check_value(name, value, known[name])
     return make(**{k: v for k, v in given.items() if k in known} | options)
@@ -65,15 +65,6 @@ def fields(make: Callable[..., nn.Module]) -> dict[str, Any]:
     if not dataclasses.is_dataclass(module):
         raise UserError(f"{make!r} is no Flax module class, nor a functools.partial of one")
     return {f.name: f.type for f in dataclasses.fields(module) if f.name not in ("parent", "name")}
-
-
-def check_keys(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
-    """Raises UserError for a key that is not allowed, with the nearest that is."""
-    for key in given:
-        if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(f"{where} has no key {key!r}{hint}; allowed: {', '.join(allowed)}")
 
 
 def _check_value(name: str, value: Any, annotation: Any) -> None:
