@@ -6,7 +6,9 @@ host. Counts are added over batches, devices and processes first and turned into
 
 import concurrent.futures
 import dataclasses
+import difflib
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from dilaff_jax import metrics, settings, visualize
 from dilaff_jax.data import datasets, pipeline
+from dilaff_jax.errors import UserError
 from dilaff_jax.eval_step import PLAIN, REFINED, EvalStep
 from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.models import segmenter
@@ -86,9 +89,13 @@ class Evaluation:
             visualize.write(folder / "pictures", drawn)
         return results
 
-    def score(self, results: Results) -> float:
-        """What marks the best state: `config.best_metric`, refined where there is refinement."""
-        return results.scalars[f"{self.variants[-1]}/{self._config.best_metric}"]
+    def score(self, results: Results) -> float | None:
+        """What marks the best state: `config.best_metric`, refined where there is refinement.
+
+        None where it is undefined: for a class or a boundary that no image has.
+        """
+        value = results.scalars.get(f"{self.variants[-1]}/{self._config.best_metric}")
+        return None if value is None or math.isnan(value) else value
 
     def _count(
         self, variables: Mapping[str, Any], folder: pathlib.Path
@@ -181,6 +188,19 @@ class Evaluation:
         return reporting.table(title, ["", *self.variants], rows)
 
 
+def check_best_metric(name: str, class_names: Sequence[str]) -> None:
+    """Raises UserError for an iou/CLASS or trimap_miou/WIDTH that no evaluation has."""
+    kind, separator, which = name.partition("/")
+    allowed = {"iou": list(class_names), "trimap_miou": [f"{w:g}" for w in metrics.WIDTHS]}
+    if separator and which not in allowed[kind]:
+        near = difflib.get_close_matches(which, allowed[kind], 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(
+            f"config.best_metric is {name!r}{hint}; expected {kind}/ and one of "
+            f"{', '.join(allowed[kind])}"
+        )
+
+
 def evaluate_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Results:
     """Evaluates the best state of a run (the latest, if none was evaluated), prints the table.
 
@@ -213,7 +233,8 @@ def read_results(workdir: pathlib.Path, step: int) -> Results | None:
     if not path.exists():
         return None
     content = json.loads(path.read_text())
-    return Results(content["step"], content["scalars"], content["table"])
+    scalars = {k: math.nan if v is None else v for k, v in content["scalars"].items()}
+    return Results(content["step"], scalars, content["table"])
 
 
 def last_results(workdir: pathlib.Path) -> Results:
@@ -233,7 +254,7 @@ def _write_results(folder: pathlib.Path, results: Results, counts: Mapping[str, 
         "table": results.table,
         "counts": jax.tree.map(lambda x: np.asarray(x).tolist(), _as_dicts(counts)),
     }
-    files.write_text(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    files.write_text(folder / "results.json", files.json_text(content, indent=1) + "\n")
 
 
 def _as_dicts(counts: Any) -> Any:

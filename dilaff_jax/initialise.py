@@ -37,8 +37,17 @@ KEYS: schema.Section = {
         "The file's BatchNorm is folded into its convolutions; it is calibrated on training "
         "images.",
     ),
-    "drop": Key((), schema.PATTERNS, "Patterns of names in the file that are not used."),
-    "keep": Key((), schema.PATTERNS, "Patterns of names that stay as initialised."),
+    "drop": Key(
+        (),
+        schema.PATTERNS,
+        "Patterns of names in the file, or of the other run, that are not used.",
+    ),
+    "keep": Key(
+        (),
+        schema.PATTERNS,
+        "Patterns of names that stay as initialised. Another number of classes, from a run: "
+        "`drop=keep=('decoder/logits/*',)`.",
+    ),
 }
 
 
@@ -65,7 +74,10 @@ def fresh(
         return state
     if init.workdir:
         _, variables = checkpoint.read_variables(
-            files.local(init.workdir, "config.init.workdir"), variables
+            files.local(init.workdir, "config.init.workdir"),
+            variables,
+            drop=init.drop,
+            keep=init.keep,
         )
     else:
         variables = _from_file(config, model, variables, source)

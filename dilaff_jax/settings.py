@@ -53,6 +53,12 @@ RUN: schema.Section = {
         schema.at_least(1, "1 or more"),
         "How many of the latest checkpoints are kept beside the best.",
     ),
+    "resume_changed": Key(
+        False,
+        schema.SWITCH,
+        "Go on in a workdir whose run began with other settings or other training data, which are "
+        "named; otherwise that is refused.",
+    ),
     "profile_steps": Key(
         (),
         Rule(

@@ -5,15 +5,16 @@ import datetime
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 import optax
+from absl import logging
 
-from dilaff_jax import evaluate, initialise, metrics, optim, settings
+from dilaff_jax import evaluate, initialise, metrics, optim, resume, settings
 from dilaff_jax.data import datasets, pipeline
 from dilaff_jax.data.batch_iterator import DevicePrefetch
 from dilaff_jax.data.class_list import Classes
@@ -35,7 +36,8 @@ def train_and_evaluate(
     holds state, data position and what has been summed for the next report.
 
     Raises:
-        UserError: the config cannot be; `workdir` holds a checkpoint of another model.
+        UserError: the config cannot be; `workdir` holds a run of another model, of other settings
+            or data.
         Busy: another process trains in `workdir`; a `UserError` too.
         NotFiniteError: a step gave NaN or infinity; the last good checkpoint stays.
         Preempted: the process was asked to stop; a checkpoint was written first.
@@ -76,6 +78,12 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
     rows = devices.per_process(config.batch_size)
     train_source = datasets.load(config.data, config.data.train_split)
     eval_source = datasets.load(config.data, config.data.eval_split)
+    if train_source.class_pixels is not None and not train_source.class_pixels.any():
+        raise UserError(
+            f"{train_source.title} has not one labelled pixel, so there is nothing to learn; look "
+            "at its masks, and at what they are mapped to (--mask_values)"
+        )
+    evaluate.check_best_metric(config.best_metric, eval_source.class_names)
     classes = train_source.num_classes
     model = segmenter.build(segmenter.config_of_run(config), classes, axis_name=AXIS)
     tx, schedule = optim.optimiser(config.optim, config.num_steps)
@@ -87,6 +95,7 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
 
 def _train(run: _Run, entered: float) -> evaluate.Results | None:
     config, workdir, devices = run.config, run.workdir, run.devices
+    changed = resume.check(config, workdir, run.train_source)
 
     # 1. The state: this workdir's newest checkpoint, or a fresh one.
     host_batches = pipeline.train_batches(
@@ -102,11 +111,14 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
     begin, state = _first_state(run, checkpoints, batches)
     # Not before: a workdir of another model stays as it is.
     save_config(config, workdir, run.train_source)
+    resume.record_data(run.train_source, workdir)
     if begin < config.num_steps:
-        _note_start(workdir, begin)
+        _note_start(workdir, begin, changed)
 
     # 2. The program, compiled before the first step, so that its needs are known.
     reporter = reporting.Reporter(workdir, config.num_steps, begin)
+    for line in changed:
+        reporter.say(f"goes on with other settings: {line}")
     if begin:
         reporter.say(f"resumed at step {begin} of {config.num_steps}")
     reporter.say(reporting.parameter_table(state.params))
@@ -114,7 +126,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)
 
     # 3. The steps.
-    results = evaluate.read_results(workdir, begin)
+    results, failure = evaluate.read_results(workdir, begin), None
     running = None
     with (
         contextlib.closing(batches),
@@ -149,9 +161,8 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
             with reporter.paused():
                 score = None
                 if evaluates:
-                    results = evaluation(state.evaluated, at)
-                    score = evaluation.score(results)
-                    results.report(reporter)
+                    results, failure = _evaluate(evaluation, state, at, reporter)
+                    score = evaluation.score(results) if results else None
                 if saves:
                     reporter.sync()
                     checkpoints.save(at, state, batches, score)
@@ -159,7 +170,29 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
                 raise Preempted(
                     f"asked to stop: step {at} is saved in {workdir}; run again to go on"
                 )
+    if failure is not None:
+        failure.add_note(f"every step is saved in {workdir}; --mode=evaluate evaluates the last")
+        raise failure
     return results
+
+
+def _evaluate(
+    evaluation: evaluate.Evaluation, state: Any, at: int, reporter: reporting.Reporter
+) -> tuple[evaluate.Results | None, Exception | None]:
+    """Evaluates and reports; a failure is said and returned, for the steps are worth keeping."""
+    try:
+        results = evaluation(state.evaluated, at)
+    except Exception as e:  # a full memory, a damaged image, a fault in a metric
+        # The other processes wait for this one within the evaluation: no going on without them.
+        if jax.process_count() > 1:
+            raise
+        logging.info("the evaluation at step %d failed", at, exc_info=True)
+        reporter.say(f"the evaluation at step {at} failed ({type(e).__name__}: {e}); going on")
+        return None, e
+    results.report(reporter)
+    if evaluation.score(results) is None:
+        reporter.say(f"step {at} has no score: best_metric is undefined on these images")
+    return results, None
 
 
 def _first_state(run: _Run, checkpoints: Checkpoints, batches: DevicePrefetch) -> tuple[int, Any]:
@@ -210,13 +243,17 @@ def save_config(
         Classes(source.class_names, source.colors).write(workdir)
 
 
-def _note_start(workdir: pathlib.Path, begin: int) -> None:
-    """Adds to starts.jsonl what runs from here on: step, commit, versions, hardware, time."""
+def _note_start(workdir: pathlib.Path, begin: int, changed: Sequence[str]) -> None:
+    """Adds to starts.jsonl what runs from here on: step, commit, versions, hardware, time.
+
+    changed: what is not as it was before `begin`.
+    """
     if jax.process_index() == 0:
         about = {
             "step": begin,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "processes": jax.process_count(),
+            **({"changed": list(changed)} if changed else {}),
             **provenance.provenance("jaxlib", "flax", "optax", "grain", "numpy"),
         }
         with (workdir / "starts.jsonl").open("a") as file:

@@ -46,8 +46,10 @@ def image_folder(root, names=("a", "b", "c"), split="train", classes=3, size=(20
     return root
 
 
-def tiny_shapes(data_dir, size=32, train=10, validation=7, test=2):
+def tiny_shapes(data_dir, size=32, train=10, validation=7, test=2, seed=0):
     """Prepares `shapes/tiny`."""
-    options = shapes.ShapesOptions(size=size, train=train, validation=validation, test=test)
+    options = shapes.ShapesOptions(
+        size=size, train=train, validation=validation, test=test, generator_seed=seed
+    )
     prepare.prepare("shapes/tiny", data_dir, options=options)
     return data_dir

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dilaff_jax import affinity, losses, metrics, propagate, train
+from dilaff_jax import affinity, losses, metrics, propagate, resume, train
 from dilaff_jax.ablation import (
     ablate_config,
     arms,
@@ -139,7 +139,7 @@ def test_arms_differ_only_in_their_losses(data_dir):
     assert {c.seed for c in (base, joint, aaf)} == {7}
     for other in (base, aaf):
         other.loss = joint.loss
-        assert arms.as_json(other) == arms.as_json(joint)
+        assert resume.as_json(other) == resume.as_json(joint)
 
 
 def test_a_folder_from_before_an_option_is_of_its_default(data_dir, tmp_path):

@@ -1,12 +1,17 @@
 """Weights in torch's layout: files, names, round trips, refusals, folded BatchNorm."""
 
+import argparse
+import os
+import pathlib
 import pickle
 import zipfile
 
 import jax
 import numpy as np
 import pytest
+from absl import logging
 
+from dilaff_jax.errors import UserError
 from dilaff_jax.interop import files, pretrained, torch_layout
 from dilaff_jax.models import classifier, segmenter
 from tests.test_encoders import SHORT
@@ -94,6 +99,82 @@ def test_a_training_checkpoint_needs_its_entry_named(tmp_path):
     np.testing.assert_array_equal(files.read(path, entry="model")["a"], [1, 1])
     with pytest.raises(ValueError, match="no entry 'state'; it holds model, epoch"):
         files.read(path, entry="state")
+
+
+def make(path):
+    pathlib.Path(path).mkdir()
+
+
+class Sneaky:
+    def __init__(self, path, function=make):
+        self.path, self.function = path, function
+
+    def __reduce__(self):
+        return self.function, (str(self.path),)
+
+
+def test_a_training_checkpoint_with_objects_is_read_and_nothing_of_it_is_run(tmp_path):
+    """As torchvision's references write it, and with what nobody should run."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "checkpoint.pth"
+    content = {
+        "model": {"a": torch.arange(3.0)},
+        "args": argparse.Namespace(lr=0.1, path=tmp_path),
+        "scores": np.float64(0.5),
+        "sneaky": Sneaky(tmp_path / "was_run"),
+    }
+    torch.save(content, path)
+    np.testing.assert_array_equal(files.read(path, entry="model")["a"], [0, 1, 2])
+    assert not (tmp_path / "was_run").exists()
+    with pytest.raises(ValueError, match="holds model, args, scores, sneaky, which are not arrays"):
+        files.read(path)
+
+
+def test_a_file_that_asks_for_the_system_is_refused_without_advice_to_run_it(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": Sneaky(tmp_path / "was_run", os.mkdir)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"cannot be read as .pth: it asks for code") as caught:
+        files.read(tmp_path / "a.pth")
+    assert "posix.mkdir" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "encoder.", "a.b.c."])
+def test_a_prefix_of_all_names_is_found_and_said(prefix, tmp_path, caplog):
+    logging.use_absl_handler()
+    model, variables = small()
+    changed = jax.tree.map(lambda v: v + 1, variables)
+    path = tmp_path / "model.npz"
+    state = torch_layout.to_torch(model, changed)
+    files.write(path, {f"{prefix}{k}": v for k, v in state.items()} | {"loss.w": np.zeros(2)})
+    assert same(pretrained.load_model(model, variables, path), changed)
+    said = caplog.text
+    assert f"the weights stand below '{prefix}' in the file; 1 keys elsewhere are not used" in said
+    assert "loss.w" in said
+
+
+def test_a_backbone_is_found_within_a_whole_network(tmp_path):
+    path, theirs = classification_file(tmp_path)
+    state = {f"module.encoder.{k}": v for k, v in files.read(path).items()}
+    files.write(path, state | {"module.decoder.weight": np.zeros(3)})
+    model, variables = small()
+    loaded = pretrained.load_backbone(model, variables, path)
+    assert same(loaded["params"]["encoder"], theirs["params"]["encoder"])
+
+
+def test_weights_that_stand_twice_are_chosen_by_drop(tmp_path):
+    path, theirs = classification_file(tmp_path)
+    state = files.read(path)
+    both = {f"student.{k}": v for k, v in state.items()}
+    both |= {f"teacher.{k}": v + 1 for k, v in state.items() if v.dtype == np.float32}
+    both |= {f"teacher.{k}": v for k, v in state.items() if v.dtype != np.float32}
+    files.write(path, both)
+    model, variables = small()
+    with pytest.raises(torch_layout.KeyMismatchError, match=r"2 times, below student., teacher.;"):
+        pretrained.load_backbone(model, variables, path)
+    loaded = pretrained.load_backbone(model, variables, path, drop=["teacher.*"])
+    assert same(loaded["params"]["encoder"], theirs["params"]["encoder"])
 
 
 def test_bfloat16_of_torch_is_read_as_float32(tmp_path):

@@ -215,6 +215,34 @@ def test_a_video_gives_an_index_map_a_frame_and_an_overlay_video(model, tmp_path
     assert np.abs(pictures[3].astype(int) - drawn).mean() < 12  # lossy
 
 
+def test_results_never_overwrite_one_another(model, tmp_path):
+    """Frames of clip.avi go to clip/000000.png, which is the name of an image here."""
+    film(tmp_path / "clip.avi")
+    for name in ("clip/000000.png", "a.png", "a.jpg", "a.jpg.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), picture(16, 16))
+    (tmp_path / "notes.txt").write_text("no image")
+    summary = predict_files.predict(model, tmp_path, options(tmp_path / "out"))
+    assert summary.images == 7 + 4
+    labels = tmp_path / "out" / "labels"
+    found = {p.relative_to(labels).as_posix() for p in labels.rglob("*.png")}
+    frames = {f"clip.avi/{i:06d}.png" for i in range(7)}
+    assert found == frames | {"clip/000000.png", "a.png.png", "a.jpg.png", "a.jpg.png.png"}
+    assert labels_at(labels / "clip/000000.png").shape == (16, 16)
+    assert "1 file of other types not used: notes.txt" in str(summary)
+
+
+def test_a_video_that_breaks_off_is_a_failure_and_what_there_is_stays(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    whole = film(tmp_path / "in" / "clip.avi")
+    data = whole.read_bytes()
+    whole.write_bytes(data[: len(data) * 2 // 3])
+    summary = predict_files.predict(model, tmp_path / "in", options(tmp_path / "out"))
+    assert 0 < summary.images < 7
+    assert f"only {summary.images} of 7 frames can be decoded" in str(summary)
+    assert len(list((tmp_path / "out/labels/clip").iterdir())) == summary.images
+
+
 def test_a_clip_in_chunks_is_refined_as_the_whole_clip(tiny_run):
     model = dilaff_jax.load(tiny_run, refine={"name": "signed", "steps": 1})
     frames = [np.roll(picture(32, 32), 3 * i, axis=1) for i in range(6)]

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 from dilaff_jax.data import contact_sheet, data_config, datasets, prepare, shapes
 from dilaff_jax.data.images import DataError
+from dilaff_jax.errors import UserError
 from tests.data_files import classes_map, image_folder, picture, save, tiny_shapes
 
 
@@ -202,7 +204,7 @@ def test_the_option_that_the_message_names_helps(tmp_path):
         ("7", "want FOUND:MEANT"),
         ("a:b", "want FOUND:MEANT"),
         ("7:5", r"5 is no value of this data set; allowed are 0\.\.2, 255"),
-        ("99999:1", r"values must be in 0\.\.65535"),
+        ("3000000000:1", "values are whole numbers of 32 bits"),
     ],
 )
 def test_bad_mask_values_are_refused(tmp_path, text, message):
@@ -316,3 +318,128 @@ def test_painting_uses_the_colours_and_white_for_ignored():
         np.array([[0, 1, 255]], np.uint8), np.array([[1, 2, 3], [4, 5, 6]])
     )
     assert painted.tolist() == [[[1, 2, 3], [4, 5, 6], [255, 255, 255]]]
+
+
+# What it was prepared from.
+
+
+def change_mask(root):
+    save(np.zeros((20, 30), np.uint8), root / "train/labels/b.png")
+
+
+def add_image(root):
+    save(picture(), root / "train/images/d.jpg")
+    save(np.zeros((20, 30), np.uint8), root / "train/labels/d.png")
+
+
+def remove_image(root):
+    (root / "train/images/a.jpg").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_mask, r"1 file \(train/labels/b.png\) changed"),
+        (add_image, r"2 files \(train/images/d.jpg, train/labels/d.png\) added"),
+        (remove_image, r"2 files \(train/images/a.jpg, train/labels/a.png\) gone"),
+        (lambda root: (root / "classes.txt").write_text("x\ny\nz\n"), r"\(classes.txt\) changed"),
+    ],
+)
+def test_a_source_that_has_changed_is_not_ready(change, said, tmp_path):
+    root = image_folder(tmp_path / "in")
+    prepare_folder(tmp_path)
+    prepare_folder(tmp_path)
+    change(root)
+    with pytest.raises(UserError, match=rf"prepared from other files; .*{said}: use --overwrite"):
+        prepare_folder(tmp_path)
+    prepare.prepare("image_folder/x", tmp_path / "out", root, overwrite=True)
+    prepare_folder(tmp_path)
+
+
+def test_another_source_is_compared_by_content(tmp_path):
+    image_folder(tmp_path / "in")
+    prepare_folder(tmp_path)
+    shutil.copytree(tmp_path / "in", tmp_path / "copy")
+    for file in (tmp_path / "copy").rglob("*.*"):
+        os.utime(file, (1, 1))
+    prepare.prepare("image_folder/x", tmp_path / "out", tmp_path / "copy")
+    change_mask(tmp_path / "copy")
+    with pytest.raises(UserError, match="changed"):
+        prepare.prepare("image_folder/x", tmp_path / "out", tmp_path / "copy")
+
+
+def test_what_is_prepared_inside_its_source_is_no_source(tmp_path):
+    root = image_folder(tmp_path / "in")
+    for _ in range(2):
+        prepare.prepare("image_folder/x", root / "data", root)
+
+
+def test_a_set_from_before_files_were_recorded_is_taken_and_that_is_said(tmp_path, capsys):
+    image_folder(tmp_path / "in")
+    target = prepare_folder(tmp_path)
+    (target / "source_files.json").unlink()
+    assert prepare_folder(tmp_path) == target
+    assert "did not record its files" in capsys.readouterr().err
+
+
+def test_files_that_are_not_used_are_named(tmp_path):
+    root = image_folder(tmp_path / "in")
+    for name in ("images/x.heic", "labels/lonely.png", "images/.ipynb_checkpoints/a.jpg"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        save(classes_map(), root / "train" / name) if name.endswith("png") else (
+            (root / "train" / name).write_bytes(b"?")
+        )
+    result = run(
+        *("--dataset", "image_folder", "--name", "x", "--source", root),
+        *("--data_dir", tmp_path / "out"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "not used: 2 files (train/images/x.heic, train/labels/lonely.png)" in result.stdout
+
+
+def test_a_jfif_image_is_a_jpeg(tmp_path):
+    root = image_folder(tmp_path / "in")
+    (root / "train/images/a.jpg").rename(root / "train/images/a.jfif")
+    prepare_folder(tmp_path)
+    assert load(tmp_path / "out").names == ["a", "b", "c"]
+
+
+def test_a_line_ignore_keeps_the_numbers_of_the_others(tmp_path):
+    root = image_folder(tmp_path / "in", classes=4)
+    (root / "classes.txt").write_text("road\nignore\nsky\ntree\n")
+    prepare_folder(tmp_path)
+    source = load(tmp_path / "out")
+    assert source.class_names == ("road", "sky", "tree")
+    raw = np.asarray(Image.open(root / "train/labels/a.png"))
+    expected = np.array([0, 255, 1, 2])[raw]
+    np.testing.assert_array_equal(source[0]["label"], expected)
+
+
+@pytest.mark.parametrize("value", [-1, -100, 70000])
+def test_values_beyond_16_bits_are_mapped_as_the_message_says(value, tmp_path):
+    root = image_folder(tmp_path / "in")
+    labels = classes_map().astype(np.int32)
+    labels[:5] = value
+    (root / "train/labels/a.png").unlink()
+    Image.fromarray(labels).save(root / "train/labels/a.tif")
+    arguments = ("--dataset", "image_folder", "--name", "x", "--source", root)
+    arguments = (*arguments, "--data_dir", tmp_path / "out")
+    refused = run(*arguments)
+    assert refused.returncode == 1
+    advice = re.search(r"or (\S+:255) to ignore it", refused.stderr)[1]
+    done = run(*arguments, "--mask_values", advice)
+    assert done.returncode == 0, done.stderr
+    label = load(tmp_path / "out")[0]["label"]
+    assert (label[:5] == 255).all()
+    np.testing.assert_array_equal(label[5:], classes_map()[5:])
+
+
+def test_images_of_12_bits_are_asked_about(tmp_path):
+    root = image_folder(tmp_path / "in")
+    deep = np.full((20, 30), 4095, np.uint16)
+    (root / "train/images/a.jpg").unlink()
+    cv2.imwrite(str(root / "train/images/a.png"), deep)
+    with pytest.raises(DataError, match="--image_bits=12"):
+        prepare_folder(tmp_path)
+    prepare_folder(tmp_path, image_bits=12)
+    assert load(tmp_path / "out")[0]["image"].min() == 255

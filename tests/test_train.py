@@ -14,6 +14,7 @@ from tensorboardX.proto import event_pb2
 
 from dilaff_jax import evaluate, metrics, train
 from dilaff_jax.data import datasets, prepare
+from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
 from dilaff_jax.report import run_summary
 from dilaff_jax.runtime import checkpoint, parallel
@@ -297,6 +298,27 @@ def test_a_run_can_start_from_another_runs_weights(unbroken, data_dir, tmp_path)
     np.testing.assert_array_equal(first[key], second["['average']" + key])
 
 
+def test_a_run_can_start_from_a_run_with_other_classes(unbroken, data_dir, tmp_path):
+    images = data_files.image_folder(tmp_path / "images", size=(40, 40))
+    prepare.prepare("image_folder/other", tmp_path / "data", images)
+    config = make_config(tmp_path / "data", num_steps=1)
+    config.data.update({"dataset": "image_folder/other", "eval_split": "train"})
+    config.init.workdir = str(unbroken[0])
+    config.optim.update({"learning_rate": 0.0, "ema": 0.0})
+    with pytest.raises(
+        UserError, match=r"(?s)parameters differ:\n  .*logits.*config.init.drop and"
+    ):
+        train.train_and_evaluate(config, tmp_path / "a")
+    config.init.drop = config.init.keep = ("decoder/logitz/*",)
+    with pytest.raises(UserError, match="fits no parameter of"):
+        train.train_and_evaluate(config, tmp_path / "b")
+    config.init.drop = config.init.keep = ("decoder/logits/*",)
+    train.train_and_evaluate(config, tmp_path / "c")
+    first, second = saved(tmp_path / "c", 1), saved(unbroken[0], checkpoint_step(unbroken[0]))
+    key = "['params']['encoder']['conv0']['conv']['kernel']"
+    np.testing.assert_array_equal(first[key], second["['average']" + key])
+
+
 def checkpoint_step(workdir):
     """The step whose refined mIoU was highest."""
     scores = {
@@ -306,7 +328,7 @@ def checkpoint_step(workdir):
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(unbroken, data_dir):
-    config = make_config(data_dir)
+    config = make_config(data_dir, resume_changed=True)
     config.model.affinity.width = 16
     with pytest.raises(
         ValueError, match=r"was written by another model; \d+ parameters differ:\n  affinity_head"
@@ -360,3 +382,170 @@ def test_a_run_opens_each_split_once_and_keeps_what_it_decoded(data_dir, tmp_pat
     assert sorted(opened) == ["train", "validation"]
     # Three evaluations of seven images.
     assert decoded.count("shapes/tiny validation") == 7
+
+
+def test_a_run_does_not_go_on_with_other_settings_unless_told_to(data_dir, tmp_path):
+    config = make_config(data_dir, num_steps=4)
+    train.train_and_evaluate(config, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    config.optim.learning_rate = 0.01
+    config.num_steps = 6
+    expected = (
+        rf"{tmp_path} holds a run with another config or other data:\n"
+        r"  num_steps: found 4, wanted 6\n  optim.learning_rate: found 0.05, wanted 0.01\n.*"
+        r"config.resume_changed=True"
+    )
+    with pytest.raises(UserError, match=expected):
+        train.train_and_evaluate(config, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    config.resume_changed = True
+    train.train_and_evaluate(config, tmp_path)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 4, 6, 6]
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert "changed" not in starts[0]
+    assert starts[1]["changed"] == [
+        "num_steps: found 4, wanted 6",
+        "optim.learning_rate: found 0.05, wanted 0.01",
+    ]
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize("count", [10, 11])
+def test_a_run_does_not_go_on_with_other_images(count, data_dir, tmp_path):
+    """A fold of equal length as well: what differs is the images, not their number."""
+    config = make_config(data_dir, num_steps=2)
+    train.train_and_evaluate(config, tmp_path / "run")
+    other = data_files.tiny_shapes(tmp_path / "data", train=count, seed=5)
+    config.data.data_dir = str(other)
+    config.num_steps = 4
+    config.resume_changed = False
+    expected = r"training data \(shapes/tiny train\): found "
+    with pytest.raises(UserError, match=expected):
+        train.train_and_evaluate(config, tmp_path / "run")
+    config.resume_changed = True
+    if count == 10:
+        train.train_and_evaluate(config, tmp_path / "run")
+    else:
+        with pytest.raises(UserError, match=r"saved data position .* examples differ"):
+            train.train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optim.ema": 0.0}, "written with another optimiser or average .* average has other"),
+        ({"optim.name": "adamw"}, "written with another optimiser or average .* opt_state has"),
+        ({"batch_size": 8}, "saved data position .* batch_size differ"),
+        ({"seed": 1}, "saved data position .* seed differ"),
+    ],
+)
+def test_what_no_checkpoint_can_go_on_with_is_named(changes, expected, unbroken, data_dir):
+    config = make_config(data_dir, resume_changed=True)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=expected):
+        train.train_and_evaluate(config, unbroken[0])
+
+
+def test_an_evaluation_that_fails_costs_no_step(data_dir, tmp_path, monkeypatch, capsys):
+    failing = evaluate.Evaluation.__call__
+
+    def fail(self, variables, step):
+        if step == 4:
+            raise MemoryError("no room for 12 megapixels")
+        return failing(self, variables, step)
+
+    monkeypatch.setattr(evaluate.Evaluation, "__call__", fail)
+    results = train.train_and_evaluate(make_config(data_dir), tmp_path)
+    assert results.step == 6
+    said = "the evaluation at step 4 failed (MemoryError: no room for 12 megapixels); going on"
+    assert said in capsys.readouterr().out
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 6]
+    assert checkpoint.latest_step(tmp_path) == 6
+
+
+def test_a_last_evaluation_that_fails_is_an_error_after_everything_is_saved(
+    data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate.Evaluation, "_count", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        train.train_and_evaluate(make_config(data_dir), tmp_path)
+    assert "--mode=evaluate evaluates the last" in caught.value.__notes__[0]
+    assert checkpoint.latest_step(tmp_path) == 6
+    monkeypatch.undo()
+    assert evaluate.evaluate_run(make_config(data_dir), tmp_path).step == 6
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("iou/backgruond", r"did you mean 'background'.*; expected iou/ and one of background, "),
+        ("iou/", r"config.best_metric is 'iou/'; expected iou/ and one of background"),
+        ("trimap_miou/7", "expected trimap_miou/ and one of 1, "),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_refused_at_once(metric, expected, data_dir, tmp_path):
+    with pytest.raises(UserError, match=expected):
+        train.train_and_evaluate(make_config(data_dir, best_metric=metric), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_best_metric_that_is_undefined_on_the_images_is_no_score(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    summary = metrics.segmentation_summary
+
+    def without(confusion, names=None):
+        return {k: v for k, v in summary(confusion, names).items() if k != "iou/background"}
+
+    monkeypatch.setattr(metrics, "segmentation_summary", without)
+    config = make_config(data_dir, best_metric="iou/background", num_steps=2)
+    assert train.train_and_evaluate(config, tmp_path).step == 2
+    assert "step 2 has no score: best_metric is undefined" in capsys.readouterr().out
+    assert checkpoint.latest_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b?", "[!x]/run"])
+def test_a_workdir_may_have_any_name(name, data_dir, tmp_path):
+    """What a library takes for a pattern: checkpoints were saved, and could not be read again."""
+    workdir = tmp_path / name
+    train.train_and_evaluate(make_config(data_dir, num_steps=2), workdir)
+    config = make_config(data_dir, num_steps=4, resume_changed=True)
+    assert train.train_and_evaluate(config, workdir).step == 4
+    assert [line["step"] for line in lines(workdir)] == [2, 2, 4, 4]
+    assert evaluate.evaluate_run(config, workdir).step in (2, 4)
+    assert all(np.isfinite(v).all() for v in saved_in(workdir, 4, tmp_path).values())
+
+
+def saved_in(workdir, at, tmp_path):
+    """`saved`, of a copy whose name is no pattern: it is whole in itself."""
+    shutil.copytree(workdir, tmp_path / "copy")
+    return saved(tmp_path / "copy", at)
+
+
+def strict(line):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_figures_that_are_undefined_are_null_and_read_as_nan(data_dir, tmp_path):
+    """Validation without one labelled pixel: its mIoU is undefined."""
+    root = data_files.image_folder(tmp_path / "in", size=(32, 32))
+    data_files.image_folder(root, split="validation", size=(32, 32))
+    for file in (root / "validation/labels").iterdir():
+        data_files.save(np.full((32, 32), 255, np.uint8), file)
+    prepare.prepare("image_folder/empty", tmp_path / "data", root)
+    config = make_config(tmp_path / "data", num_steps=2, best_metric="miou")
+    config.data.dataset = "image_folder/empty"
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    assert np.isnan(results.scalars["plain/miou"])
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        strict(line)
+    strict((tmp_path / "run/evaluation/2/results.json").read_text())
+    assert np.isnan(evaluate.last_results(tmp_path / "run").scalars["plain/miou"])
+    assert run_summary.main([str(tmp_path / "run"), str(tmp_path / "record.json")]) == 0
+    assert strict((tmp_path / "record.json").read_text())["results"]["plain/miou"] is None
+    config.data.train_split = "validation"
+    with pytest.raises(UserError, match="has not one labelled pixel"):
+        train.train_and_evaluate(config, tmp_path / "other")

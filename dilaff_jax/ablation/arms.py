@@ -8,31 +8,14 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import ml_collections
-from absl import logging
 from tqdm import tqdm
 
-from dilaff_jax import schema, settings, train
+from dilaff_jax import resume, train
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import checkpoint, files, locks
-
-# Parts of a config that do not decide which weights a run ends with.
-FREE = (
-    *("ablate", "eval", "inference", "refine", "parallel", "profile_steps", "best_metric"),
-    *("keep_latest", "log_every", "eval_every", "checkpoint_every"),
-    *("data.data_dir", "data.eval_split", "data.eval_size"),
-    *("data.workers", "data.prefetch", "data.cache"),
-)
-# Sections of a config that decide which weights a run ends with.
-_DECIDING = ("data", "model", "loss", "optim", "init")
-# These decide nothing either where no loss trains an affinity head.
-OF_THE_HEAD = (
-    *("model.affinity", "loss.affinity_loss", "loss.affinity_options"),
-    *("loss.affinity_class_weights", "loss.soft_targets"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,58 +118,13 @@ def _train(run: Run, clock: "Clock", todo: Sequence[Run], training: Callable[[bo
 
 def check_folder(run: Run) -> None:
     """Raises UserError if `run.workdir` was trained with a config that gives other weights."""
-    path = run.workdir / "config.json"
-    if not path.exists():
-        return
-    trained, wanted = deciding(json.loads(path.read_text())), deciding(as_json(run.config))
-    # What a run was trained before was at its default then: every option defaults to what was.
-    defaults = _defaults()
-    trained |= {k: defaults[k] for k in wanted.keys() & defaults.keys() - trained.keys()}
-    unknown = sorted(wanted.keys() - trained.keys())
-    if unknown:
-        logging.warning(
-            "%s was trained before there was %s; taken to be as in this config", path, unknown
-        )
-    differing = [k for k in sorted(trained) if k in wanted and trained[k] != wanted[k]]
-    differing += sorted(trained.keys() - wanted.keys())
-    if differing:
-        lines = [
-            f"  {k}: found {trained[k]!r}, wanted {wanted.get(k, 'no such key')!r}"
-            for k in differing
-        ]
+    lines = resume.differences(run.config, run.workdir)
+    if lines:
         raise UserError(
-            f"{run.workdir} holds a run with another config:\n" + "\n".join(lines) + "\nuse the "
-            "config it was trained with, move it away, or use another workdir"
+            f"{run.workdir} holds a run with another config:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nuse the config it was trained with, move it away, or use another workdir"
         )
-
-
-def as_json(config: ml_collections.ConfigDict) -> Any:
-    """The config as config.json holds it."""
-    return json.loads(config.to_json_best_effort())
-
-
-def deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """{dotted key: value} of a config.json, without what does not decide a run's weights."""
-    flat = _flat(config)
-    loss = config.get("loss", {})
-    headless = not loss.get("affinity") and not loss.get("refined")
-    # Training through the propagation makes its operator part of the training.
-    free = [k for k in FREE if not (k == "refine" and loss.get("refined"))]
-    free += OF_THE_HEAD if headless else ()
-    return {k: v for k, v in flat.items() if not any(k == f or k.startswith(f + ".") for f in free)}
-
-
-def _defaults() -> dict[str, Any]:
-    """{dotted key: default} of the parts that decide a run's weights, as `deciding` has them."""
-    parts = {name: schema.defaults(settings.SECTIONS[name]) for name in _DECIDING}
-    return _flat(as_json(ml_collections.ConfigDict(parts)))
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    parts = ((f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items())
-    return {k: v for name, value in parts for k, v in _flat(value, name).items()}
 
 
 class Clock:

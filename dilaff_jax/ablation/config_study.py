@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from dilaff_jax import affinity, metrics, settings
+from dilaff_jax import affinity, metrics, resume, settings
 from dilaff_jax.ablation import (
     ablate_config,
     agreement,
@@ -111,7 +111,7 @@ def _compare(config: ml_collections.ConfigDict, todo: Sequence[arms.Run]) -> dic
             "format": FORMAT,
             "title": source.title,
             "provenance": provenance.provenance("flax", "numpy", "scipy"),
-            "config": arms.as_json(config),
+            "config": resume.as_json(config),
             "images": len(source),
             "seeds": list(config.ablate.seeds),
             "seconds": arms.Clock(todo).seconds,

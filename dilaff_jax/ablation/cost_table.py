@@ -11,8 +11,8 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dilaff_jax import baselines, propagate, resize
-from dilaff_jax.ablation import arms, cache, operators
+from dilaff_jax import baselines, propagate, resize, resume
+from dilaff_jax.ablation import cache, operators
 from dilaff_jax.ablation.analysis import Study
 from dilaff_jax.ablation.operators import IDENTITY, Candidate
 from dilaff_jax.models import segmenter
@@ -33,7 +33,7 @@ def measure(study: Study, workdir: pathlib.Path) -> dict[str, Any]:
     any_run = study.runs["joint" if joint else next(iter(study.runs))][0]
     size = next(iter(study.reported.values()))[0].size
     about = {
-        "model": arms.as_json(any_run.config)["model"],
+        "model": resume.as_json(any_run.config)["model"],
         "joint": joint,
         "size": list(size),
         "classes": study.source.num_classes,

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dilaff_jax import resize
+from dilaff_jax import resize, resume
 from dilaff_jax.ablation import arms, cache
 from dilaff_jax.data import datasets, pipeline
 from dilaff_jax.errors import UserError
@@ -116,9 +116,9 @@ def _source(config: ml_collections.FrozenConfigDict, split: str) -> datasets.Sou
 def _about(
     run: arms.Run, split: str, source: datasets.Source, size: tuple[int, int]
 ) -> dict[str, Any]:
-    config = arms.as_json(run.config)
+    config = resume.as_json(run.config)
     return {
-        "weights": arms.deciding(config),
+        "weights": resume.deciding(config),
         "inference": config["inference"],
         "split": split,
         "images": len(source),

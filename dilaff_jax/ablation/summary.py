@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dilaff_jax import affinity, metrics
+from dilaff_jax import affinity, metrics, resume
 from dilaff_jax.ablation import arms, counts, scoring, statistics
 from dilaff_jax.ablation.analysis import Study
 from dilaff_jax.data import datasets
@@ -36,7 +36,7 @@ def make(
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "provenance": provenance.provenance("flax", "numpy", "scipy"),
         "seconds": {"training": spent.seconds, "analysis": seconds},
-        "config": arms.as_json(config),
+        "config": resume.as_json(config),
         "seeds": list(config.ablate.seeds),
         "arms": list(config.ablate.arms),
         "splits": _splits(study),

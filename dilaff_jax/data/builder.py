@@ -16,14 +16,14 @@ a pair of files, and `label_map` where raw values are not class indices.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from dilaff_jax.data import images
+from dilaff_jax.data import folders, images
 from dilaff_jax.data.images import DataError
 from dilaff_jax.labels import IGNORE_LABEL
 
@@ -49,6 +49,13 @@ class Options:
         metadata={
             "help": "FOUND:MEANT,...: values in the mask files and what they mean in the data "
             "set's own numbering (255 = ignore), such as 0:0,255:1 for 0/255 binary masks."
+        },
+    )
+    image_bits: int = dataclasses.field(
+        default=0,
+        metadata={
+            "help": "How many bits count in images with more than 8 a channel, 9 to 16: 12 for a "
+            "camera of 12 bits. 0: those that the file has."
         },
     )
 
@@ -92,8 +99,8 @@ def parse_mask_values(text: str) -> dict[int, int]:
         values = {int(value): int(meant) for value, meant in pairs}
     except ValueError as e:
         raise DataError(f"--mask_values={text}: want FOUND:MEANT,..., such as 0:0,255:1") from e
-    if any(not 0 <= v < 65536 for pair in values.items() for v in pair):
-        raise DataError(f"--mask_values={text}: values must be in 0..65535")
+    if any(not -(2**31) <= v < 2**31 for v in values):
+        raise DataError(f"--mask_values={text}: values are whole numbers of 32 bits")
     return values
 
 
@@ -140,6 +147,8 @@ class SegmentationBuilder(_Base):
         scratch: pathlib.Path | None = None,
     ) -> None:
         self.options = options or self.options_type()
+        if self.options.image_bits and not 9 <= self.options.image_bits <= 16:
+            raise DataError(f"--image_bits={self.options.image_bits}: want 9 to 16, or 0")
         self.source = source or pathlib.Path()
         self.scratch = scratch or pathlib.Path(data_dir)
         config = config_name and tfds.core.BuilderConfig(name=config_name, version=self.VERSION)
@@ -153,7 +162,7 @@ class SegmentationBuilder(_Base):
 
     def read(self, item: Any) -> Example:
         """Reads one item of `splits` (a `folders.Pair` unless overridden)."""
-        image, size = images.load_image(item.image)
+        image, size = images.load_image(item.image, self.options.image_bits)
         label = images.load_label(item.label)
         return Example(item.name, image, size, label, item.image, item.label)
 
@@ -176,6 +185,14 @@ class SegmentationBuilder(_Base):
         label = images.encode_png(classes)
         return {"image": example.image, "label": label, "name": example.name}
 
+    def source_files(self) -> Iterable[pathlib.Path]:
+        """The files of `source` on which the records depend; by default all of them."""
+        return folders.files_below(self.source, self.source) if self.needs_source else ()
+
+    def unused_files(self) -> Sequence[pathlib.Path]:
+        """Files that lie where images and masks are expected, and that nothing is made of."""
+        return ()
+
     # What tfds calls.
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -196,6 +213,7 @@ class SegmentationBuilder(_Base):
             class_names=list(self.class_names),
             colors=[list(map(int, color)) for color in self.colors],
             options=dataclasses.asdict(self.options),
+            unused=[p.relative_to(self.source).as_posix() for p in self.unused_files()],
             splits={},
         )
         return {
@@ -245,8 +263,18 @@ class SegmentationBuilder(_Base):
                     f"--mask_values {value}:{meant}: {meant} is no value of this data set; "
                     f"allowed are {_ranges(own)}"
                 )
-            table[value] = own[meant]
+            if 0 <= value < 65536:
+                table[value] = own[meant]
         return table
+
+    def _beyond_table(self) -> dict[int, int]:
+        """What --mask_values maps of values that no table holds: negative ones, more than 16 bits.
+
+        Such as -1 and -100 for "ignore".
+        """
+        own = self.label_map()
+        meant = parse_mask_values(self.options.mask_values)
+        return {value: own[m] for value, m in meant.items() if not 0 <= value < 65536}
 
     def _check(self, example: Example, table: np.ndarray, raw_seen: np.ndarray) -> np.ndarray:
         """Maps raw label values to class indices, uint8 `[H, W]`; DataError if any cannot be."""
@@ -259,9 +287,11 @@ class SegmentationBuilder(_Base):
         raw = example.label
         within = (raw >= 0) & (raw < 65536)
         classes = np.where(within, table[np.where(within, raw, 0)], _OUTSIDE)
+        for value, index in self._beyond_table().items() if not within.all() else ():
+            classes[raw == value] = index
         if (classes == _OUTSIDE).any():
             raise DataError(self._outside_message(example, raw[classes == _OUTSIDE]))
-        raw_seen[raw] = True
+        raw_seen[raw[within]] = True
         return classes.astype(np.uint8)
 
     def _outside_message(self, example: Example, values: np.ndarray) -> str:
@@ -282,8 +312,8 @@ class SegmentationBuilder(_Base):
             f"{example.label_file}: {listed}{more} outside the classes: allowed are "
             f"{_ranges(self.label_map())} ({len(self.class_names)} classes: "
             f"{', '.join(self.class_names[:8])}{', ...' if len(self.class_names) > 8 else ''}); "
-            f"map it with --mask_values {distinct[largest[0]]}:CLASS, or {distinct[largest[0]]}:"
-            f"{self._ignored_value()} to ignore it"
+            f"map it with --mask_values {distinct[largest[0]]}:CLASS, or "
+            f"{distinct[largest[0]]}:{self._ignored_value()} to ignore it"
         )
 
     def _ignored_value(self) -> int:

@@ -120,7 +120,7 @@ class Builder(builder.SegmentationBuilder):
 
     def read(self, item: Pair) -> builder.Example:
         """Reads one pair; colour-coded labels in the original layout."""
-        image, size = images.load_image(item.image)
+        image, size = images.load_image(item.image, self.options.image_bits)
         other = IGNORE_LABEL if self.options.other_colors == "ignore" else None
         label = images.load_label(item.label, _COLORS_32 if self._original else None, other)
         return builder.Example(item.name, image, size, label, item.image, item.label)

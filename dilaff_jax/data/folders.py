@@ -4,12 +4,14 @@ import os
 import pathlib
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dilaff_jax.data.images import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"),
+)
 
 
 class Pair(NamedTuple):
@@ -40,6 +42,26 @@ def folder(root: pathlib.Path, *choices: str) -> pathlib.Path:
     raise DataError(f"found no folder {wanted}; check --source and the layout it should have")
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder is a program's own, such as .ipynb_checkpoints, @eaDir, __MACOSX."""
+    return name.startswith((".", "@", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
+
+
+def files_below(root: pathlib.Path, directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """All files below `directory`, sorted, but for hidden ones and those in hidden folders.
+
+    Raises DataError for links that leave `root`, or that lead to a folder a second time.
+    """
+    visited: set[pathlib.Path] = set()
+    for parent, folders, files in os.walk(inside(root, directory), followlinks=True):
+        real = inside(root, pathlib.Path(parent)).resolve()
+        if real in visited:
+            raise DataError(f"{parent}: a symbolic link leads to {real} a second time; remove it")
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        yield from (pathlib.Path(parent, file) for file in sorted(files) if not hidden(file))
+
+
 def image_files(root: pathlib.Path, directory: pathlib.Path) -> dict[str, pathlib.Path]:
     """Image files below `directory`, sorted: {relative path without suffix: file}.
 
@@ -47,21 +69,13 @@ def image_files(root: pathlib.Path, directory: pathlib.Path) -> dict[str, pathli
     (`a.jpg` and `a.png`), and for links that leave `root`.
     """
     by_name: dict[str, pathlib.Path] = {}
-    visited: set[pathlib.Path] = set()
-    for parent, folders, files in os.walk(inside(root, directory), followlinks=True):
-        real = inside(root, pathlib.Path(parent)).resolve()
-        if real in visited:
-            raise DataError(f"{parent}: a symbolic link leads to {real} a second time; remove it")
-        visited.add(real)
-        folders.sort()
-        for file in sorted(files):
-            path = pathlib.Path(parent, file)
-            if file.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            name = path.relative_to(directory).with_suffix("").as_posix()
-            if name in by_name:
-                raise DataError(f"{path} and {by_name[name]} have one name; remove or rename one")
-            by_name[name] = inside(root, path)
+    for path in files_below(root, directory):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        name = path.relative_to(directory).with_suffix("").as_posix()
+        if name in by_name:
+            raise DataError(f"{path} and {by_name[name]} have one name; remove or rename one")
+        by_name[name] = inside(root, path)
     return dict(sorted(by_name.items()))
 
 

@@ -14,13 +14,15 @@ the name, so that adding images moves none). Other layouts: --images and --masks
 where the split's folder name stands. Is background a class? If it is in classes.txt.
 
 Masks: palette PNGs (their indices), grey images of 1 to 16 bits (their values). 255 is ignored.
-0/255 binary masks: --mask_values 0:0,255:1. Masks in colours: --color_masks, with lines
+A line `ignore` in classes.txt means that its value is ignored. 0/255 binary masks:
+--mask_values=0:0,255:1. Masks in colours: --color_masks, with lines
 `name R G B` in classes.txt, and `ignore R G B` for colours to be ignored.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dilaff_jax.data import builder, folders, images
@@ -82,7 +84,15 @@ class Builder(builder.SegmentationBuilder):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         entries = self._class_list()
+        self._folders: set[Any] = set()  # where `splits` looked for images and masks
         named = [(name, color) for name, color in entries if name != _IGNORE]
+        uncolored = [name for name, color in entries if color is None]
+        if self.options.color_masks and uncolored:
+            raise DataError(
+                "--color_masks needs a colour for every class: lines `name R G B`; there is none "
+                f"for {', '.join(uncolored)}"
+            )
+        self._names_of_values = [name for name, _ in entries]
         self.class_names = [name for name, _ in named]
         palette = builder.colormap(len(named) + 1)[1:]  # not black, which an overlay hides
         self.colors = [color or palette[i] for i, (_, color) in enumerate(named)]
@@ -108,10 +118,31 @@ class Builder(builder.SegmentationBuilder):
             )
         return read_classes(given.replace(",", "\n"))
 
+    def label_map(self) -> Mapping[int, int]:
+        """Line i of the class list is value i; where it says `ignore`, that value is ignored."""
+        if self.options.color_masks:
+            return super().label_map()
+        return {IGNORE_LABEL: IGNORE_LABEL} | {
+            value: IGNORE_LABEL if name == _IGNORE else self.class_names.index(name)
+            for value, name in enumerate(self._names_of_values)
+        }
+
+    def source_files(self) -> Iterable[pathlib.Path]:
+        """Images, masks and the class list."""
+        pairs = [pair for split in self.splits().values() for pair in split]
+        classes = self.source / self.options.classes
+        yield from (classes,) if classes.is_file() else ()
+        yield from sorted({file for pair in pairs for file in (pair.image, pair.label)})
+
+    def unused_files(self) -> Sequence[pathlib.Path]:
+        """Files beside images and masks that are no pair."""
+        used = set(self.source_files())
+        looked = sorted(self._folders)
+        found = {f for folder in looked for f in folders.files_below(self.source, folder)}
+        return sorted(found - used)
+
     def splits(self) -> Mapping[str, Sequence[Pair]]:
         """The folders that --images matches, or one folder divided by name."""
-        if self.options.color_masks and len(self._values) < len(self.class_names):
-            raise DataError("--color_masks needs a colour for every class: lines `name R G B`")
         pattern = self.options.images
         if "{split}" not in pattern:
             return self._divided(self._pairs(pattern, self.options.masks))
@@ -140,12 +171,9 @@ class Builder(builder.SegmentationBuilder):
         choices = [mask_dir]
         if self.options.masks == FolderOptions.masks and mask_dir.endswith("labels"):
             choices.append(mask_dir.removesuffix("labels") + "masks")
-        return folders.pair_up(
-            self.source,
-            folders.folder(self.source, image_dir),
-            folders.folder(self.source, *choices),
-            label_suffix=self.options.mask_suffix,
-        )
+        where = folders.folder(self.source, image_dir), folders.folder(self.source, *choices)
+        self._folders.update(where)
+        return folders.pair_up(self.source, *where, label_suffix=self.options.mask_suffix)
 
     def _divided(self, pairs: list[Pair]) -> dict[str, list[Pair]]:
         share = self.options.validation_share
@@ -161,7 +189,7 @@ class Builder(builder.SegmentationBuilder):
 
     def read(self, item: Pair) -> builder.Example:
         """Reads one pair."""
-        image, size = images.load_image(item.image)
+        image, size = images.load_image(item.image, self.options.image_bits)
         other = IGNORE_LABEL if self.options.other_colors == "ignore" else None
         colors = self._values if self.options.color_masks else None
         label = images.load_label(item.label, colors, other)

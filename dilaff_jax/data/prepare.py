@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dilaff_jax.data import contact_sheet, data_config, datasets
+from dilaff_jax.data import contact_sheet, data_config, datasets, source_record
 from dilaff_jax.data.builder import Options, SegmentationBuilder
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import locks
@@ -64,8 +64,8 @@ def prepare(
         The folder of the prepared data set.
 
     Raises:
-        UserError: unknown data set, missing source, prepared before with other options, or
-            (DataError) a file that cannot be used. Nothing is left behind.
+        UserError: unknown data set, missing source, prepared before with other options or from
+            other files, or (DataError) a file that cannot be used. Nothing is left behind.
     """
     name, _, config_name = dataset.partition("/")
     cls = datasets.builder_class(name)
@@ -75,7 +75,6 @@ def prepare(
     with _alone(pathlib.Path(data_dir).expanduser().absolute() / name) as scratch:
         if target.exists() and not overwrite:
             _check_same(target, options)
-            return target
         with _quiet():
             builder = cls(
                 data_dir=os.fspath(scratch / "new"),
@@ -84,7 +83,14 @@ def prepare(
                 source=pathlib.Path(source).absolute() if source else None,
                 scratch=scratch / "unpacked",
             )
+            if target.exists() and not overwrite:
+                _check_source(target, builder, _sources(builder, data_dir))
+                return target
+            # Before anything is read: what changes meanwhile is then noticed next time.
+            sources = _sources(builder, data_dir)
             builder.download_and_prepare(file_format="array_record")
+            if cls.needs_source:
+                source_record.write(pathlib.Path(builder.data_dir), builder.source, sources)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rename(scratch / "old")
@@ -139,6 +145,33 @@ def _check_same(target: pathlib.Path, options: Options) -> None:
         )
 
 
+def _sources(builder: SegmentationBuilder, data_dir: str | os.PathLike) -> list[pathlib.Path]:
+    """The files that a data set depends on; what is prepared may lie beside them."""
+    prepared = pathlib.Path(data_dir).expanduser().absolute()
+    return [p for p in builder.source_files() if not p.is_relative_to(prepared)]
+
+
+def _check_source(
+    target: pathlib.Path, builder: SegmentationBuilder, sources: Sequence[pathlib.Path]
+) -> None:
+    """Raises UserError if the source's files are not those that `target` was prepared from."""
+    if not builder.needs_source:
+        return
+    if not source_record.exists(target):
+        print(
+            f"{target} was prepared by a version that did not record its files, so whether they "
+            "are still the same is not known; --overwrite prepares it anew",
+            file=sys.stderr,
+        )
+        return
+    differing = source_record.differences(target, builder.source, sources)
+    if differing:
+        raise UserError(
+            f"{target} was prepared from other files; in {builder.source} there are "
+            f"{', '.join(differing)}: use --overwrite to prepare it anew, or --name to keep both"
+        )
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences what tfds says about downloads and custom configs, which does not apply here."""
@@ -181,7 +214,8 @@ def _report(dataset: str, data_dir: str, target: pathlib.Path) -> None:
     """Prints a table for every split, and with --inspect draws a contact sheet of it."""
     console = Console()
     builder = datasets.builder_class(dataset.partition("/")[0])
-    described = json.loads((target / "metadata.json").read_text())["splits"]
+    metadata = json.loads((target / "metadata.json").read_text())
+    described = metadata["splits"]
     for split, counts in described.items():
         config = data_config.default(dataset=dataset, data_dir=data_dir)
         source = datasets.load(config, split)
@@ -194,6 +228,9 @@ def _report(dataset: str, data_dir: str, target: pathlib.Path) -> None:
                 source, pathlib.Path(data_dir).expanduser() / "inspect" / name
             )
             console.print(f"look at {path}", soft_wrap=True)
+    unused: list[str] = metadata.get("unused", [])
+    if unused:
+        console.print(f"not used: {source_record.listed(unused)}", soft_wrap=True, markup=False)
     hint = f'config.data.dataset = "{dataset}", config.data.data_dir = "{data_dir}"'
     console.print(f"{builder.name} is ready in {target}: {hint}", soft_wrap=True, markup=False)
 

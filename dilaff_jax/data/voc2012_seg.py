@@ -114,7 +114,7 @@ class Builder(builder.SegmentationBuilder):
             self._inside(path)
         if not item.label.is_file():
             raise DataError(f"{item.label}: this mask is missing; is the archive complete?")
-        image, size = images.load_image(item.image)
+        image, size = images.load_image(item.image, self.options.image_bits)
         is_mat = item.label.suffix == ".mat"
         label = load_sbd(item.label) if is_mat else images.load_label(item.label)
         return builder.Example(item.name, image, size, label, item.image, item.label)

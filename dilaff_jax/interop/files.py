@@ -1,6 +1,8 @@
 """Weight files as flat dicts of arrays: `.pth`/`.pt`, `.safetensors`, `.npz`. No pickle is run."""
 
 import pathlib
+import pickle  # for its error
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +20,8 @@ def read(path: str | pathlib.Path, entry: str | None = None) -> State:
     """Reads every array of a weight file.
 
     `.pth` goes through `torch.load(weights_only=True)` (the extra `torch`), `.npz` through
-    `numpy.load(allow_pickle=False)`: a file that holds code is refused, not run.
+    `numpy.load(allow_pickle=False)`: code in a file is not run. What a training checkpoint holds
+    besides arrays, such as its arguments, is passed over unread.
 
     Args:
         path: the file.
@@ -78,10 +81,41 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
         return safetensors.numpy.load_file(str(path))
     import torch
 
-    values = torch.load(path, map_location="cpu", weights_only=True)
+    serialization = torch.serialization
+    # A training checkpoint also holds settings and counters, of classes that torch would have to
+    # be told to trust. They are replaced by empty shells: nothing of theirs is imported or run.
+    foreign = [] if _is_legacy(path) else serialization.get_unsafe_globals_in_checkpoint(path)
+    # Not what looks like a function of Python's own: no honest checkpoint asks for exec.
+    shells: list[Any] = [
+        (type("Shell", (_Shell,), {}), name) for name in foreign if not name.startswith("builtins.")
+    ]
+    try:
+        with serialization.safe_globals(shells):
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch advises to run what it refused
+        lines = [line.strip() for line in str(error).splitlines()]
+        asks = [line for line in lines if line.startswith(("Trying", "Unsupported", "Can only"))]
+        raise UserError(
+            "it asks for code to be run, which is refused"
+            + (f" ({asks[0]})" if asks else "")
+            + "; save its weights alone, as .safetensors or with torch.save(model.state_dict())"
+        ) from error
     if not isinstance(values, Mapping):
         raise UserError(f"it holds a {type(values).__name__}, not a dict of weights")
     return dict(values)
+
+
+class _Shell:
+    """Takes the place of an object of a class that is not trusted; keeps nothing of it."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _is_legacy(path: pathlib.Path) -> bool:
+    """Whether it is of torch before 1.6: no archive, so what it asks for cannot be listed."""
+    return not zipfile.is_zipfile(path)
 
 
 def _array(value: Any) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Weight files into models, in one call: an ImageNet backbone, or a whole segmentation network."""
 
+import collections
+import fnmatch
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from absl import logging
 
 from dilaff_jax.interop import bn_folded, files, torch_layout
 from dilaff_jax.models import classifier
@@ -48,9 +51,10 @@ def load_backbone(
     """
     state = files.read(path, entry)
     head = [torch_layout.key(classifier.Classifier(model.encoder), p) + ".*" for p in _HEAD]
-    drop = [*drop, *(p for p in head if any(k.startswith(p[:-1]) for k in state))]
     alone = classifier.Classifier(model.encoder)
     part = {c: {"encoder": tree["encoder"]} for c, tree in variables.items() if "encoder" in tree}
+    state, drop = _without_prefix(state, drop, torch_layout.keys(alone, part).values())
+    drop = [*drop, *(p for p in head if any(k.startswith(p[:-1]) for k in state))]
     if folded:
         state = bn_folded.unfold(alone, part, state)
     part = torch_layout.from_torch(alone, part, state, drop=drop, keep=keep)
@@ -77,7 +81,52 @@ def load_model(
         KeyMismatchError: the keys do not fit; the message lists them.
         UserError: as `files.read`.
     """
-    return torch_layout.from_torch(model, variables, files.read(path, entry), drop=drop, keep=keep)
+    names = torch_layout.keys(model, variables).values()
+    state, drop = _without_prefix(files.read(path, entry), drop, names)
+    return torch_layout.from_torch(model, variables, state, drop=drop, keep=keep)
+
+
+def _without_prefix(
+    state: files.State, drop: Sequence[str], expected: Iterable[str]
+) -> tuple[files.State, Sequence[str]]:
+    """The weights by the names that are expected, where all of them stand below one prefix.
+
+    Such as `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.`, `encoder.`: it is
+    found, said, and taken away, and what stands elsewhere is left out. Also returns the patterns of
+    `drop` that are still to be used: those of whole names are used first.
+
+    Raises:
+        KeyMismatchError: the weights stand below several prefixes.
+    """
+    wanted = set(expected)
+    if wanted & state.keys():
+        return state, drop
+    used = [p for p in drop if fnmatch.filter(state, p)]
+    left = {k: v for k, v in state.items() if not any(fnmatch.fnmatchcase(k, p) for p in used)}
+    prefixes: collections.Counter[str] = collections.Counter()
+    for name in left:
+        parts = name.split(".")
+        rests = ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(1, len(parts)))
+        prefixes.update(prefix for prefix, rest in rests if rest in wanted)
+    if not prefixes:
+        return state, drop
+    (prefix, count), *others = prefixes.most_common()
+    if others and others[0][1] == count:
+        named = ", ".join(f"{p}." for p, n in prefixes.items() if n == count)
+        raise torch_layout.KeyMismatchError(
+            f"the weights stand in the file {len([n for n in prefixes.values() if n == count])} "
+            f"times, below {named}; name those not to use by `drop`, such as {others[0][0]}.*"
+        )
+    below = f"{prefix}."
+    inside = {k.removeprefix(below): v for k, v in left.items() if k.startswith(below)}
+    elsewhere = [k for k in left if not k.startswith(below)]
+    logging.warning(
+        "the weights stand below %r in the file; %d keys elsewhere are not used%s",
+        below,
+        len(elsewhere),
+        f" ({', '.join(elsewhere[:3])}{', ...' if len(elsewhere) > 3 else ''})" * bool(elsewhere),
+    )
+    return inside, [p for p in drop if p not in used]
 
 
 def save_model(model: nn.Module, variables: Mapping[str, Any], path: str | pathlib.Path) -> None:

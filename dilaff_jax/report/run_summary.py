@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dilaff_jax import evaluate
+from dilaff_jax.runtime import files
 
 
 def record(workdir: pathlib.Path) -> dict[str, Any]:
@@ -34,9 +35,11 @@ def record(workdir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _main_figures(line: dict[str, float]) -> dict[str, float]:
+def _main_figures(line: dict[str, float | None]) -> dict[str, float | None]:
     """Training's own figures, and of an evaluation those that are not of one class or dilation."""
-    return {k: float(f"{v:.6g}") for k, v in line.items() if k.count("/") < 3}
+    return {
+        k: None if v is None else float(f"{v:.6g}") for k, v in line.items() if k.count("/") < 3
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         sys.exit(str(error))
     options.file.parent.mkdir(parents=True, exist_ok=True)
-    options.file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    options.file.write_text(files.json_text(content, indent=1) + "\n")
     print(f"{options.file}: step {content['step']} of {options.workdir}")
     return 0
 

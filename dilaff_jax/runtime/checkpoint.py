@@ -14,7 +14,7 @@ import itertools
 import json
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import files, parameter_names
 from dilaff_jax.runtime.parallel import Devices
 
 
@@ -50,7 +51,7 @@ class Checkpoints:
             ]
         )
         self._manager = ocp.CheckpointManager(
-            self._directory,
+            files.without_patterns(self._directory),
             item_handlers=_handlers(),
             options=ocp.CheckpointManagerOptions(
                 best_fn=_score, preservation_policy=policy, cleanup_tmp_directories=True
@@ -85,17 +86,20 @@ class Checkpoints:
             iterator: the training data's.
 
         Raises:
-            UserError: the checkpoint belongs to another model or configuration.
+            UserError: the checkpoint belongs to another model, optimiser or training data.
             OSError: there are checkpoints, and none can be read.
         """
         failed = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             self._check_structure(step, abstract)
             try:
-                return step, self._read(step, abstract, iterator)
+                state, position = self._read(step, abstract)
             except Exception as e:  # Orbax raises whatever the file system or the codec raised
                 failed.append(f"{self._directory / str(step)} ({_reason(e)})")
                 logging.warning("checkpoint %s cannot be read; trying the one before", failed[-1])
+            else:
+                iterator.set_state(position)  # a position in other data is no damage
+                return step, state
         if failed:
             raise OSError(
                 f"no checkpoint can be read: {'; '.join(failed)}. Nothing was changed; move the "
@@ -114,7 +118,7 @@ class Checkpoints:
         with _writing(self._directory):
             self._manager.close()
 
-    def _read(self, step: int, abstract: Any, iterator: Any) -> Any:
+    def _read(self, step: int, abstract: Any) -> tuple[Any, Any]:
         target = self._devices.abstract(abstract)
         restored = self._manager.restore(
             step,
@@ -127,15 +131,29 @@ class Checkpoints:
         position = data.get("position", data)  # without a digest the data item is the position
         digest = _digest(state, position, _score_of(self._manager, step))
         _check_digest(digest, data, self._directory / str(step))
-        iterator.set_state(position)
-        return state
+        return state, position
 
     def _check_structure(self, step: int, abstract: Any) -> None:
         try:
-            shapes = _shapes(self._manager.item_metadata(step)["state"]["params"])
+            stored = self._manager.item_metadata(step)["state"]
+            params, whole = parameter_names.shapes(stored["params"]), parameter_names.shapes(stored)
         except Exception:  # unreadable; `restore` goes on to the one before
             return
-        _check_same(shapes, _shapes(abstract.params), self._directory / str(step))
+        path = self._directory / str(step)
+        parameter_names.check_same(params, parameter_names.shapes(abstract.params), path)
+        # Not the sums for the next report: they are no part of what is trained.
+        differing = {
+            name.split("/")[0]
+            for name in whole.keys() ^ parameter_names.shapes(abstract).keys()
+            if not name.startswith("window/")
+        }
+        if differing:
+            raise UserError(
+                f"{path} was written with another optimiser or average of the parameters (its "
+                f"{' and '.join(sorted(differing))} has other parts); go on with the settings of "
+                "optim that it was written with, or in another workdir, from its weights "
+                "(config.init.workdir)"
+            )
 
 
 def latest_step(workdir: pathlib.Path) -> int | None:
@@ -147,7 +165,12 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 
 
 def read_variables(
-    workdir: pathlib.Path, like: Mapping[str, Any], *, latest: bool = False
+    workdir: pathlib.Path,
+    like: Mapping[str, Any],
+    *,
+    latest: bool = False,
+    drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
 ) -> tuple[int, dict[str, Any]]:
     """Returns step and {params, batch_stats} of the best (else the latest) checkpoint of a run.
 
@@ -155,10 +178,12 @@ def read_variables(
         workdir: of the run.
         like: variables of the model, for their structure.
         latest: take the latest, whatever its score.
+        drop: patterns of names, such as `decoder/logits/*`, that are not used.
+        keep: patterns of names whose value in `like` stays.
 
     Raises:
         FileNotFoundError: `workdir` has no checkpoint.
-        UserError: the checkpoint is of another model, or damaged.
+        UserError: the checkpoint is of another model, or damaged; a pattern fits nothing.
     """
     folder = workdir.resolve() / "checkpoints"
     if not folder.is_dir():
@@ -169,7 +194,9 @@ def read_variables(
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     try:
-        reader = ocp.CheckpointManager(folder, item_handlers=_handlers(), options=options)
+        reader = ocp.CheckpointManager(
+            files.without_patterns(folder), item_handlers=_handlers(), options=options
+        )
     finally:
         logging.set_verbosity(verbosity)
     with reader as manager:
@@ -194,8 +221,7 @@ def read_variables(
         except Exception as e:  # whatever the file system or the codec raised
             raise _damaged(folder / str(step), _reason(e)) from e
     variables = state["average"] or {k: state[k] for k in ("params", "batch_stats")}
-    _check_same(_shapes(variables), _shapes(dict(like)), folder / str(step))
-    return step, {k: variables[k] for k in like}
+    return step, parameter_names.select(variables, like, drop, keep, folder / str(step))
 
 
 def _to_global(devices: Devices, tree: Any) -> Any:
@@ -219,23 +245,6 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
 
 def _score(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
-
-
-def _check_same(
-    stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], path: pathlib.Path
-) -> None:
-    """Raises UserError listing where a checkpoint's parameters are not those of the model."""
-    lines = [
-        f"  {name}: checkpoint {stored.get(name, 'absent')}, model {wanted.get(name, 'absent')}"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
-    ]
-    if lines:
-        raise UserError(
-            f"{path} was written by another model; {len(lines)} parameters differ:\n"
-            + "\n".join(lines[:10])
-            + "\nuse the config it was written with, or another workdir"
-        )
 
 
 @contextlib.contextmanager
@@ -263,7 +272,7 @@ def _digest(state: Any, position: Any, score: float | None) -> dict[str, str]:
         value = np.ascontiguousarray(array)
         return f"{zlib.crc32(value.reshape(-1).view(np.uint8).data):08x}"
 
-    arrays = _named(jax.device_get(state))
+    arrays = parameter_names.named(jax.device_get(state))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib leaves the interpreter free
         sums = dict(zip(arrays, pool.map(crc, arrays.values()), strict=True))
     for name, value in (("data position", position), ("score", score)):
@@ -319,7 +328,8 @@ def _score_of(manager: ocp.CheckpointManager, step: int) -> float | None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line if len(line) <= 1000 else f'{line[:1000]} ...'}"
 
 
 def _damaged(path: pathlib.Path, reason: str) -> UserError:
@@ -327,17 +337,3 @@ def _damaged(path: pathlib.Path, reason: str) -> UserError:
         f"checkpoint {path} cannot be read ({reason}); restore it from a copy, or move that folder "
         "away: then another checkpoint is taken"
     )
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by name, PART/.../PART; the same for a state and for what Orbax makes of it."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-
-    def part(key: Any) -> str:
-        return str(next(getattr(key, k) for k in ("key", "name", "idx") if hasattr(key, k)))
-
-    return {"/".join(map(part, path)): leaf for path, leaf in leaves}
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}

@@ -56,7 +56,7 @@ class Reporter:
         if not self._active:
             return
         with self._naming():
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.write(files.json_text({"step": step, **values}) + "\n")
             self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

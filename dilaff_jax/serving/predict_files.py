@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -28,18 +28,26 @@ from dilaff_jax.serving.predictor import PROGRAMS, Predictor, Result
 from dilaff_jax.serving.video import SUFFIXES, Video, VideoWriter, propagate_in_time
 from dilaff_jax.serving.writer import Options, Writer, write_classes
 
+_KNOWN = (*folders.IMAGE_SUFFIXES, *SUFFIXES)
+
 
 @dataclasses.dataclass
 class Summary:
-    """images: and frames that were segmented. failed: {file: why}."""
+    """images: and frames that were segmented. failed: {file: why}. unused: no image or video."""
 
     images: int
     failed: dict[pathlib.Path, str]
+    unused: Sequence[pathlib.Path] = ()
 
     def __str__(self) -> str:
         lines = [f"  {reason}" for reason in self.failed.values()]
         if lines:
             lines.insert(0, "1 file failed:" if len(lines) == 1 else f"{len(lines)} files failed:")
+        if self.unused:
+            count = "1 file" if len(self.unused) == 1 else f"{len(self.unused)} files"
+            more = ", ..." if len(self.unused) > 5 else ""
+            names = ", ".join(path.name for path in self.unused[:5])
+            lines.append(f"{count} of other types not used: {names}{more}")
         return "\n".join([f"{self.images} images segmented", *lines])
 
 
@@ -61,7 +69,7 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
         raise UserError(f"temporal propagation was asked for, but {source} holds no video")
     options.output.mkdir(parents=True, exist_ok=True)
     write_classes(options.output, predictor.classes)
-    summary = Summary(0, {})
+    summary = Summary(0, {}, unused(source, options.output))
     stills = _by_size({n: p for n, p in files.items() if n not in movies})
     with Writer(options) as writer:
         for name, path in tqdm(stills, unit="image", disable=not stills):
@@ -77,8 +85,9 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
 def find(source: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
     """{name: file} of a file, or of the images and videos below a folder, in order of names.
 
-    What is in `output` is passed over, and so are hidden files. Two files that differ in their
-    suffix alone keep it in their names.
+    What is in `output` is passed over, and so are hidden files. A file keeps its suffix in its name
+    where two differ in it alone, or where the name without is that of a folder or of another file:
+    results never overwrite one another.
 
     Raises:
         FileNotFoundError: `source` does not exist.
@@ -90,22 +99,30 @@ def find(source: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
         raise FileNotFoundError(f"{source} does not exist; give an image, a video or a folder")
     if source.resolve() == output.resolve():
         raise UserError(f"input and output are both {source}; give another folder as output")
-    known = (*folders.IMAGE_SUFFIXES, *SUFFIXES)
-    inside = source.resolve() in output.resolve().parents
-    skip = output.resolve() if inside else None
-    paths = [p for p in _walk(source, skip) if p.suffix.lower() in known]
+    paths = [p for p in _walk(source, output) if p.suffix.lower() in _KNOWN]
     if not paths:
-        raise UserError(f"{source} holds no image or video; known are {', '.join(known)}")
-    stems = [p.relative_to(source).with_suffix("").as_posix() for p in paths]
+        raise UserError(f"{source} holds no image or video; known are {', '.join(_KNOWN)}")
+    full = {p.relative_to(source).as_posix(): p for p in paths}
+    stems = [pathlib.PurePosixPath(name).with_suffix("").as_posix() for name in full]
     times = collections.Counter(stems)
+    # Frames of clip.mp4 go where images of a folder clip/ go.
+    parents = {str(parent) for name in full for parent in pathlib.PurePosixPath(name).parents}
     return {
-        stem if times[stem] == 1 else path.relative_to(source).as_posix(): path
-        for stem, path in zip(stems, paths, strict=True)
+        stem if times[stem] == 1 and stem not in full and stem not in parents else name: path
+        for stem, (name, path) in zip(stems, full.items(), strict=True)
     }
 
 
-def _walk(source: pathlib.Path, skip: pathlib.Path | None) -> Iterator[pathlib.Path]:
-    """All files, sorted; links are followed, each folder once."""
+def unused(source: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
+    """The files below a folder that are neither images nor videos, hidden ones left out."""
+    if source.is_file():
+        return []
+    return [p for p in _walk(source, output) if p.suffix.lower() not in _KNOWN]
+
+
+def _walk(source: pathlib.Path, output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """All files but those in `output`, sorted; links are followed, each folder once."""
+    skip = output.resolve() if source.resolve() in output.resolve().parents else None
     visited: set[pathlib.Path] = set()
     for parent, below, files in os.walk(source, followlinks=True):
         real = pathlib.Path(parent).resolve()
@@ -113,8 +130,8 @@ def _walk(source: pathlib.Path, skip: pathlib.Path | None) -> Iterator[pathlib.P
             below.clear()
             continue
         visited.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (pathlib.Path(parent, f) for f in sorted(files) if not f.startswith("."))
+        below[:] = sorted(name for name in below if not folders.hidden(name))
+        yield from (pathlib.Path(parent, f) for f in sorted(files) if not folders.hidden(f))
 
 
 def _settled(options: Options, predictor: Predictor) -> Options:
@@ -199,6 +216,11 @@ def _movie(
             for field, file in overlays.items():
                 file.write(result.overlay(getattr(result, field)))
             summary.images += 1
+    if video.read < video.count:
+        raise DataError(
+            f"{path}: only {video.read} of {video.count} frames can be decoded, those before the "
+            "first that is damaged; the results are of these"
+        )
 
 
 def _frames(

@@ -33,6 +33,7 @@ class Video:
     Attributes:
         rate: frames a second.
         count: frames that its header promises; 0 if it does not say.
+        read: frames that were decoded.
 
     Raises:
         DataError: the file is no video that OpenCV can decode.
@@ -44,17 +45,17 @@ class Video:
             raise DataError(f"{path}: not a readable video (no decoder takes it)")
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else 25.0
+        self.read = 0
         self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        number = 0
         while True:
             has_frame, frame = self._capture.read()
             if not has_frame:
                 break
-            number += 1
+            self.read += 1
             yield np.ascontiguousarray(frame[..., ::-1])
-        if not number:
+        if not self.read:
             raise DataError(f"{self._path}: not one frame can be decoded")
 
     def close(self) -> None:

@@ -130,7 +130,8 @@ def unusable_images():
         "float.tif": (
             tiff,
             "pixel format 'F' is not supported; allowed are 8- and 16-bit grey, RGB, RGBA, palette "
-            "and CMYK images",
+            "and CMYK images. Of other numbers nobody knows which are black and white: scale them "
+            "to 8 or 16 bits",
         ),
     }
 

@@ -66,7 +66,8 @@ CONFIGS = cases(
         "unknown part",
         {"optm": 1},
         "config has no key 'optm' (did you mean 'optim'?); allowed: seed, num_steps, batch_size, "
-        "log_every, eval_every, checkpoint_every, best_metric, keep_latest, profile_steps, data, "
+        "log_every, eval_every, checkpoint_every, best_metric, keep_latest, resume_changed, "
+        "profile_steps, data, "
         "model, loss, optim, init, inference, eval, parallel, refine, ablate",
     ),
     (

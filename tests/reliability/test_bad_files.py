@@ -158,7 +158,8 @@ LABELS = cases(
         "classes without colours",
         write_mask(picture()),
         OPTIONS(color_masks=True),
-        "--color_masks needs a colour for every class: lines `name R G B`",
+        "--color_masks needs a colour for every class: lines `name R G B`; there is none for "
+        "class0, class1, class2",
     ),
     (
         "another size",
@@ -258,8 +259,8 @@ LABELS = cases(
         "an empty folder of images",
         remove(*(f"train/images/{name}.jpg" for name in "abc")),
         OPTIONS(),
-        "{AT}/source/train/images: no images named *['.jpg', '.jpeg', '.png', '.bmp', '.tif', "
-        "'.tiff', '.webp', '.gif', '.ppm', '.pgm']",
+        "{AT}/source/train/images: no images named *['.jpg', '.jpeg', '.jfif', '.png', '.bmp', "
+        "'.tif', '.tiff', '.webp', '.gif', '.ppm', '.pgm']",
     ),
     (
         "another layout",

@@ -114,7 +114,7 @@ def make_input(place, *names):
 
 PREDICT = cases(
     ("no input", (), "source/a.png", "run", {}, "{AT}/source/a.png does not exist; give an image, a video or a folder", FileNotFoundError),
-    ("an empty folder", (), "source", "run", {}, "{AT}/source holds no image or video; known are .jpg, .jpeg, .png, .bmp, .tif, .tiff, .webp, .gif, .ppm, .pgm, ...", ValueError),
+    ("an empty folder", (), "source", "run", {}, "{AT}/source holds no image or video; known are .jpg, .jpeg, .jfif, .png, .bmp, .tif, .tiff, .webp, .gif, .ppm, .pgm, ...", ValueError),
     ("the output is the input", ("source/a.png",), "source", "source", {}, "input and output are both {AT}/source; give another folder as output", ValueError),
     ("an input is in the output", ("run/labels/a.png",), "run/labels/a.png", "run", {}, "the input {AT}/run/labels/a.png is in {AT}/run/labels, where output goes; give another folder as output", ValueError),
     ("the output is a file", ("source/a.png",), "source", "source/a.png", {}, "the output {AT}/source/a.png is a file; give a folder", ValueError),

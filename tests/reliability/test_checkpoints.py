@@ -270,6 +270,9 @@ def test_a_workdir_of_another_run_is_refused_and_stays_as_it_is(
         prepare.prepare("image_folder/other", tmp_path / "data", images)
         config.data.update({"dataset": "image_folder/other", "data_dir": str(tmp_path / "data")})
     before = {name: (unbroken / name).read_bytes() for name in files(unbroken)}
+    with pytest.raises(UserError, match="holds a run with another config or other data"):
+        train.train_and_evaluate(config, unbroken)
+    config.resume_changed = True
     differing = "affinity_head" if other == "model" else "decoder/logits"
     with pytest.raises(
         ValueError,
