@@ -196,10 +196,12 @@ def load(config: Config, workdir: pathlib.Path, resize: float | None = None) -> 
     Raises:
         UserError: neither or both are given.
     """
+    from dilaff_jax.runtime import parallel
     from dilaff_jax.serving import predictor
 
     if bool(MODEL.value) == (workdir != pathlib.Path()):
         raise UserError("give either --workdir, a run, or --model, an exported file")
     path = pathlib.Path(MODEL.value) if MODEL.value else workdir
+    parallel.local_devices()  # before anything else asks JAX, which says less
     factor = resize if RESIZE.value is None else RESIZE.value
     return predictor.load(path, config=config, pad=PAD.value, resize=factor)

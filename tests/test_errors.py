@@ -1,7 +1,9 @@
 """What a person can change ends in one line; a fault of the program keeps its traceback."""
 
 import ast
+import os
 import pathlib
+import subprocess
 
 import pytest
 
@@ -97,3 +99,21 @@ def test_a_url_is_refused_instead_of_becoming_a_folder(url, data_dir, tmp_path, 
             act()
     made = {p.name for p in tmp_path.iterdir()}
     assert made <= {"run"}, made
+
+
+@pytest.mark.parametrize("mode", ["train", "predict"])
+def test_a_platform_that_is_not_there_is_one_line(mode, data_dir, tiny_run, tmp_path):
+    (tmp_path / "in").mkdir()
+    workdir = tmp_path / "run" if mode == "train" else tiny_run
+    files = () if mode == "train" else (f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'o'}")
+    result = subprocess.run(
+        [*running.command(data_dir, workdir, f"--mode={mode}"), *files],
+        cwd=running.ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "JAX finds no device: JAX_PLATFORMS is 'cuda'" in result.stderr

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -485,3 +486,31 @@ def test_workers_leave_signals_of_the_group_to_their_parent(running):
         os.kill(worker, signal.SIGINT)
     for _ in range(20):
         assert running.stdout.readline() == "batch\n"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_script_may_end_without_closing_its_batches(workers, data_dir, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from dilaff_jax.data import data_config, datasets, pipeline\n"
+        "def main():\n"
+        f"    c = data_config.default(dataset='shapes/tiny', data_dir={str(data_dir)!r},\n"
+        f"                            crop_size=(32, 32), workers={workers})\n"
+        "    batches = pipeline.train_batches(c, datasets.load(c, 'train'), batch_size=4, seed=0)\n"
+        "    print(next(batches)['image'].shape)\n"
+        "    globals()['left_open'] = batches\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    root = pathlib.Path(__file__).resolve().parents[1]
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(4, 32, 32, 3)"
+    assert "TypeError" not in result.stderr
+    assert "Exception ignored" not in result.stderr

@@ -368,10 +368,14 @@ def test_another_source_is_compared_by_content(tmp_path):
         prepare.prepare("image_folder/x", tmp_path / "out", tmp_path / "copy")
 
 
-def test_what_is_prepared_inside_its_source_is_no_source(tmp_path):
+@pytest.mark.parametrize("data_dir", ["in/data", "in", "."])
+def test_what_is_prepared_beside_its_source_is_no_source(data_dir, tmp_path):
     root = image_folder(tmp_path / "in")
     for _ in range(2):
-        prepare.prepare("image_folder/x", root / "data", root)
+        prepare.prepare("image_folder/x", tmp_path / data_dir, root)
+    change_mask(root)
+    with pytest.raises(UserError, match="changed"):
+        prepare.prepare("image_folder/x", tmp_path / data_dir, root)
 
 
 def test_a_set_from_before_files_were_recorded_is_taken_and_that_is_said(tmp_path, capsys):

@@ -96,7 +96,9 @@ class Batches(grain.DatasetIterator):
 
     def close(self) -> None:
         """Ends the workers; the next batch starts them again."""
-        _close(self._running)
+        # Not by `_close`: Grain calls this at exit too, when the names of this module are gone.
+        while self._running:
+            self._running.pop().close()
 
     def __enter__(self) -> "Batches":
         return self

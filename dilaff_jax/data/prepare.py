@@ -148,6 +148,8 @@ def _check_same(target: pathlib.Path, options: Options) -> None:
 def _sources(builder: SegmentationBuilder, data_dir: str | os.PathLike) -> list[pathlib.Path]:
     """The files that a data set depends on; what is prepared may lie beside them."""
     prepared = pathlib.Path(data_dir).expanduser().absolute()
+    if builder.source.is_relative_to(prepared):
+        prepared /= builder.name
     return [p for p in builder.source_files() if not p.is_relative_to(prepared)]
 
 

@@ -82,6 +82,19 @@ def initialize(
     jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=heartbeat)
 
 
+def local_devices() -> list[jax.Device]:
+    """The devices of this process. Raises UserError where there are none of the kind asked for."""
+    try:
+        return jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"JAX finds no device: JAX_PLATFORMS is {jax.config.values.get('jax_platforms')!r}"
+            + (f" ({error})" if str(error) else "")
+            + '; install JAX for it, such as "jax[cuda13]" or "jax[tpu]", look whether its driver '
+            "works, or unset JAX_PLATFORMS"
+        ) from error
+
+
 class Devices:
     """The devices of this run and what is done with them.
 
@@ -105,7 +118,7 @@ class Devices:
             raise UserError(f"parallel.mode is {mode!r}; expected 'pmap' or 'shard_map'")
         if compile_for is not None and mode != "shard_map":
             raise UserError(f"parallel.mode is {mode!r}; devices to compile for need 'shard_map'")
-        local = jax.local_devices() if compile_for is None else list(compile_for)
+        local = local_devices() if compile_for is None else list(compile_for)
         if count < 0 or count > len(local):
             raise UserError(
                 f"parallel.devices is {count}; this process has {len(local)} devices (0 for all)"
