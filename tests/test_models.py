@@ -164,6 +164,20 @@ def test_the_head_reads_only_what_it_is_told_to():
     assert reads("decoder") == {"encoder": True, "decoder": True, "affinity_head": True}
 
 
+@pytest.mark.parametrize("sources", [("decoder", "stride4", "stride2"), ("image", "stride2")])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 2), (3, 1)])
+def test_an_image_may_be_as_small_as_one_pixel(size, stride, sources):
+    """Where no map is finer than the head's grid, the layers are those of larger images."""
+    config = SMALL | {"affinity": {"width": 8, "sources": sources, "stride": stride}}
+    model = segmenter.build(config, 5)
+    variables = variables_of(model, photos())
+    out = model.apply(variables, np.full((1, *size, 3), 99, np.uint8), train=False)
+    grid = tuple(-(-n // stride) for n in size)
+    assert out["affinity_logits"].shape[1:3] == grid
+    assert np.isfinite(out["affinity_logits"]).all()
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_joined_maps_are_convolved_as_if_they_lay_in_one(kernel):
     rng = np.random.default_rng(0)

@@ -243,6 +243,29 @@ def test_a_video_that_breaks_off_is_a_failure_and_what_there_is_stays(model, tmp
     assert len(list((tmp_path / "out/labels/clip").iterdir())) == summary.images
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("no"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_an_image_too_large_for_memory_is_named_and_stops_nothing(
+    error, model, tmp_path, monkeypatch
+):
+    for name, size in (("large", (30, 50)), ("small", (16, 16))):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), picture(*size))
+    call = type(model).__call__
+
+    def limited(self, image, **kwargs):
+        if image.name == "large.png":
+            raise error
+        return call(self, image, **kwargs)
+
+    monkeypatch.setattr(type(model), "__call__", limited)
+    summary = predict_files.predict(model, tmp_path, options(tmp_path / "out"))
+    assert summary.images == 1
+    [(path, reason)] = summary.failed.items()
+    assert path.name == "large.png"
+    assert "an image of 30 x 50 pixels does not fit into memory; --resize=0.5" in reason
+
+
 def test_a_clip_in_chunks_is_refined_as_the_whole_clip(tiny_run):
     model = dilaff_jax.load(tiny_run, refine={"name": "signed", "steps": 1})
     frames = [np.roll(picture(32, 32), 3 * i, axis=1) for i in range(6)]

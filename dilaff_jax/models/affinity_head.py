@@ -86,12 +86,19 @@ class AffinityHead(nn.Module):
 
     def _bring(self, x: jax.Array, source: str, size: tuple[int, int], train: bool) -> jax.Array:
         conv = functools.partial(layers.ConvNorm, self.width, style=self.style)
+        halvings = 0
+
+        def is_finer() -> bool:
+            if self.is_initializing():
+                return x.shape[1] > size[0] or x.shape[2] > size[1]
+            # The layers that there are: an image of 1 x 1 pixel has no finer map.
+            return self.has_variable("params", f"{source}_down{halvings}")
+
         if source == "image":
             x = conv(kernel=3, stride=min(2, self.stride), name="image")(x, train)
-        elif x.shape[1] <= size[0] and x.shape[2] <= size[1]:
+        elif not is_finer():
             x = conv(name=source)(x, train)
-        halvings = 0
-        while x.shape[1] > size[0] or x.shape[2] > size[1]:
+        while is_finer():
             x = conv(kernel=3, stride=2, name=f"{source}_down{halvings}")(x, train)
             halvings += 1
         return layers.resize_to(x, size)

@@ -17,6 +17,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -191,6 +192,16 @@ def _reported(path: pathlib.Path, summary: Summary) -> Iterator[None]:
     except (DataError, PermissionError, FileNotFoundError) as error:
         text = str(error)
         summary.failed[path] = text if str(path) in text else f"{path}: {text}"
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            width, height = _size(path)
+            size = f" of {height} x {width} pixels" if width else ""
+            summary.failed[path] = (
+                f"{path}: an image{size} does not fit into memory; --resize=0.5 segments it "
+                "at half the size"
+            )
+            return
+        raise
 
 
 def _movie(
