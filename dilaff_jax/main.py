@@ -46,6 +46,11 @@ def main(arguments: Sequence[str]) -> None:
     except Preempted as stop:
         logging.warning("%s", stop)
         sys.exit(128 + 15)  # as after SIGTERM, so that a scheduler starts it again
+    except KeyboardInterrupt:
+        # Python then ends as by the signal, which a shell wants to know; only its traceback goes.
+        says = "KeyboardInterrupt: what is saved stays, and the same command goes on"
+        sys.excepthook = lambda *_: print(says, file=sys.stderr)
+        raise
     except (UserError, OSError) as error:  # they say what to change; all else is a fault of ours
         logging.debug("traceback", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")

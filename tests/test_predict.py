@@ -1,7 +1,11 @@
 """Prediction on files: folders, videos, broken files, padding, names, and what is refused."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import cv2
 import jax
@@ -18,7 +22,7 @@ from dilaff_jax.data import images
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.serving import predict_files, predictor, video, writer
 from dilaff_jax.serving.network import Network
-from tests import data_files
+from tests import data_files, running
 from tests import tiny_run as runs
 
 
@@ -377,6 +381,18 @@ def test_the_command_says_what_it_did_and_fails_if_nothing_could_be_read(
             command(tiny_run, input=broken, output=tmp_path / "none")
         assert stop.value.code == 1
         assert f"{broken}: not " in capsys.readouterr().out
+
+
+def test_a_prediction_says_nothing_but_its_progress_and_result(tiny_run, folder, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "dilaff_jax.main", "--mode=predict", f"--workdir={tiny_run}",
+         f"--input={folder / 'a.png'}", f"--output={tmp_path / 'out'}"],
+        cwd=running.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "1 images segmented"
+    assert [line for line in re.split(r"[\r\n]+", result.stderr) if line and "%|" not in line] == []
 
 
 def test_the_command_needs_a_model_an_input_and_an_output(tiny_run, tmp_path):

@@ -190,10 +190,10 @@ def read_variables(
         raise FileNotFoundError(f"{workdir} holds no checkpoints: {folder} does not exist")
     for file, reason in _unreadable_scores(folder):
         raise _damaged(file.parents[1], f"its score: {reason}")
-    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_score)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read will not be written
     try:
+        options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_score)
         reader = ocp.CheckpointManager(
             files.without_patterns(folder), item_handlers=_handlers(), options=options
         )
