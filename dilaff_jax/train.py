@@ -117,10 +117,9 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
 
     # 2. The program, compiled before the first step, so that its needs are known.
     reporter = reporting.Reporter(workdir, config.num_steps, begin)
-    for line in changed:
-        reporter.say(f"goes on with other settings: {line}")
     if begin:
-        reporter.say(f"resumed at step {begin} of {config.num_steps}")
+        lines = [f"resumed at step {begin} of {config.num_steps}", *changed]
+        reporter.say("\n  changed: ".join(lines))
     reporter.say(reporting.parameter_table(state.params))
     program = _compile(run, state, reporter)
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import logging as stdlib_logging
 import pathlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,19 @@ from dilaff_jax.runtime import files, parameter_names
 from dilaff_jax.runtime.parallel import Devices
 
 
+class _OwnWords(stdlib_logging.Filter):
+    """Leaves out what Orbax logs of a failure, page by page: it is raised too, and said once here.
+
+    With `-v 1` it is shown.
+    """
+
+    def filter(self, record: stdlib_logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or logging.get_verbosity() >= logging.DEBUG
+
+
+_OWN_WORDS = _OwnWords()
+
+
 class Checkpoints:
     """The checkpoints of one run, in `directory`; written in the background.
 
@@ -40,6 +54,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, devices: Devices, *, keep_latest: int = 2) -> None:
         self._devices, self._directory = devices, directory.resolve()
+        logging.get_absl_logger().addFilter(_OWN_WORDS)
         # Here, because Orbax would only find out at the first save.
         self._directory.mkdir(parents=True, exist_ok=True)
         # Orbax reads all scores before anything else; without its own, `restore` refuses one.

@@ -41,7 +41,7 @@ def list_file(evil):
 
 WEIGHTS = cases(
     ("another suffix", "w.bin", lambda evil: b"x", "cannot be read as .bin: ..."),
-    ("pth with code", "w.pth", lambda evil: bad_files.torch_file(bad_files.harmful_pickle(evil)), "cannot be read as .pth: Weights only load failed..."),
+    ("pth with code", "w.pth", lambda evil: bad_files.torch_file(bad_files.harmful_pickle(evil)), "holds fc.weight, which are not arrays; where the weights stand under one of these keys, name it as `entry`"),
     ("old pth with code", "w.pt", bad_files.harmful_pickle, "cannot be read as .pt: ..."),
     ("pth that is none", "w.pth", lambda evil: b"", "cannot be read as .pth: ..."),
     ("pth with a list", "w.pth", list_file, "cannot be read as .pth: it holds a list, not a dict of weights"),

@@ -306,7 +306,7 @@ def test_a_workdir_that_cannot_be_written_stops_the_run_with_its_path(name, data
     ],
 )
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
-    limit, message, unbroken, data_dir, tmp_path, monkeypatch
+    limit, message, unbroken, data_dir, tmp_path, monkeypatch, capfd
 ):
     """The limit of file sizes stands for the disk: it holds for root, and needs no mount."""
     advance = train.reporting.Reporter.advance
@@ -328,6 +328,9 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
                 train.train_and_evaluate(runs.configure(make_config(data_dir)), tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "future.py" not in said
     assert runs.steps(tmp_path) == [3]
     assert all(np.isfinite(value).all() for value in saved(tmp_path, 3).values())
     train.train_and_evaluate(runs.configure(make_config(data_dir)), tmp_path)
