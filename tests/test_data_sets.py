@@ -1,6 +1,7 @@
 """Each data set, from small archives and folders of its official layout."""
 
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from dilaff_jax.data import (
     voc2012_seg,
 )
 from dilaff_jax.data.images import DataError
+from dilaff_jax.errors import UserError
 from tests.data_files import classes_map, image_folder, picture, save, save_palette
 
 
@@ -218,6 +220,28 @@ def test_voc_and_sbd_become_trainaug_without_validation_images(tmp_path, archive
     want = classes_map(classes=21, seed=5)
     want[2] = 0
     np.testing.assert_array_equal(labels(train)["2008_5"], want)
+
+
+@pytest.mark.parametrize("archived", [True, False])
+def test_a_voc_that_has_changed_is_not_ready(archived, tmp_path):
+    """Only what the set is made of counts; what else lies beside it does not."""
+    source = write_voc(tmp_path / "in")
+    if archived:
+        source = archive_voc(source, tmp_path / "archives")
+    options = SMALL_VOC
+    target = prepare.prepare("voc2012_seg", tmp_path / "data", source, options)
+    (source / "holiday.zip").write_bytes(b"of no concern")
+    assert prepare.prepare("voc2012_seg", tmp_path / "data", source, options) == target
+    listed = json.loads((target / "source_files.json").read_text())["files"]
+    if archived:
+        assert set(listed) == {"VOCtrainval_11-May-2012.tar", "benchmark.tgz"}
+        changed = source / "benchmark.tgz"
+    else:
+        assert len(listed) > 2
+        changed = next(source.rglob("SegmentationClass/*.png"))
+    changed.write_bytes(changed.read_bytes() + b"x")
+    with pytest.raises(UserError, match=rf"{changed.name}\) changed: use --overwrite"):
+        prepare.prepare("voc2012_seg", tmp_path / "data", source, options)
 
 
 def test_voc_counts_are_checked(tmp_path):

@@ -16,7 +16,7 @@ a pair of files, and `label_map` where raw values are not class indices.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -116,6 +116,7 @@ class SegmentationBuilder(_Base):
         read_lut: Table [256] from stored label values to class indices, if they differ.
         config_name: Name of the builder config if the data set has a fixed one.
         needs_source: Whether `prepare` must be given a folder of files.
+        lists_sources: Whether `splits` only looks for files, and unpacks nothing.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -130,6 +131,7 @@ class SegmentationBuilder(_Base):
     read_lut: ClassVar[np.ndarray | None] = None
     config_name: ClassVar[str | None] = None
     needs_source: ClassVar[bool] = True
+    lists_sources: ClassVar[bool] = True
     # tfds looks for checksums of downloads beside the module, by a package it does not require.
     url_infos: ClassVar[Mapping[str, Any]] = {}
 
@@ -151,6 +153,7 @@ class SegmentationBuilder(_Base):
             raise DataError(f"--image_bits={self.options.image_bits}: want 9 to 16, or 0")
         self.source = source or pathlib.Path()
         self.scratch = scratch or pathlib.Path(data_dir)
+        self._read: set[pathlib.Path] = set()  # of the source; archives where they were unpacked
         config = config_name and tfds.core.BuilderConfig(name=config_name, version=self.VERSION)
         super().__init__(data_dir=data_dir, config=config or None, file_format="array_record")
 
@@ -185,9 +188,24 @@ class SegmentationBuilder(_Base):
         label = images.encode_png(classes)
         return {"image": example.image, "label": label, "name": example.name}
 
-    def source_files(self) -> Iterable[pathlib.Path]:
-        """The files of `source` on which the records depend; by default all of them."""
-        return folders.files_below(self.source, self.source) if self.needs_source else ()
+    def source_files(self) -> Sequence[pathlib.Path]:
+        """The files of `source` on which the records depend.
+
+        Where `splits` unpacks archives they are known only after it has: those that were read.
+        """
+        if not self.lists_sources:
+            return sorted(self._read)
+        pairs = [
+            p for items in self.splits().values() for p in items if isinstance(p, folders.Pair)
+        ]
+        return sorted({file for pair in pairs for file in (pair.image, pair.label)})
+
+    def unpacked(self, wanted: str, archives: Sequence[str]) -> pathlib.Path:
+        """The folder `wanted` of the source, or of its archives, see `folders.unpacked`."""
+        root = folders.unpacked(self.source, self.scratch, wanted, archives)
+        if root != self.source / wanted:
+            self._read.update(self.source / name for name in archives)
+        return root
 
     def unused_files(self) -> Sequence[pathlib.Path]:
         """Files that lie where images and masks are expected, and that nothing is made of."""
@@ -235,6 +253,12 @@ class SegmentationBuilder(_Base):
             classes = self._check(example, table, raw_seen)
             counts = np.bincount(classes.ravel(), minlength=256)
             pixels, containing = pixels + counts, containing + (counts > 0)
+            files = {pathlib.Path(f) for f in (example.image_file, example.label_file) if f}
+            self._read |= {
+                f
+                for f in files
+                if f.is_relative_to(self.source) and not f.is_relative_to(self.scratch)
+            }
             names.append(example.name)
             sizes.append(example.size)
             yield index, self.record(example, classes)

@@ -57,11 +57,12 @@ class Builder(builder.SegmentationBuilder):
     image_key, label_key, name_key = "image_left", "segmentation_label", "image_id"
     read_lut = builder.lookup_table(_LABEL_IDS)
 
+    lists_sources = False
+
     def splits(self) -> Mapping[str, Sequence[Pair]]:
         """Fine annotations."""
         sources = (
-            folders.unpacked(self.source, self.scratch, name, [f"{name}_trainvaltest.zip"])
-            for name in ("leftImg8bit", "gtFine")
+            self.unpacked(name, [f"{name}_trainvaltest.zip"]) for name in ("leftImg8bit", "gtFine")
         )
         left, fine = sources
         by_split = {}

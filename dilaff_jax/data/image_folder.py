@@ -22,7 +22,7 @@ A line `ignore` in classes.txt means that its value is ignored. 0/255 binary mas
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dilaff_jax.data import builder, folders, images
@@ -127,12 +127,10 @@ class Builder(builder.SegmentationBuilder):
             for value, name in enumerate(self._names_of_values)
         }
 
-    def source_files(self) -> Iterable[pathlib.Path]:
+    def source_files(self) -> Sequence[pathlib.Path]:
         """Images, masks and the class list."""
-        pairs = [pair for split in self.splits().values() for pair in split]
         classes = self.source / self.options.classes
-        yield from (classes,) if classes.is_file() else ()
-        yield from sorted({file for pair in pairs for file in (pair.image, pair.label)})
+        return [*((classes,) if classes.is_file() else ()), *super().source_files()]
 
     def unused_files(self) -> Sequence[pathlib.Path]:
         """Files beside images and masks that are no pair."""

@@ -84,13 +84,13 @@ def prepare(
                 scratch=scratch / "unpacked",
             )
             if target.exists() and not overwrite:
-                _check_source(target, builder, _sources(builder, data_dir))
+                _check_source(target, builder)
                 return target
-            # Before anything is read: what changes meanwhile is then noticed next time.
-            sources = _sources(builder, data_dir)
             builder.download_and_prepare(file_format="array_record")
             if cls.needs_source:
-                source_record.write(pathlib.Path(builder.data_dir), builder.source, sources)
+                source_record.write(
+                    pathlib.Path(builder.data_dir), builder.source, builder.source_files()
+                )
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rename(scratch / "old")
@@ -145,17 +145,7 @@ def _check_same(target: pathlib.Path, options: Options) -> None:
         )
 
 
-def _sources(builder: SegmentationBuilder, data_dir: str | os.PathLike) -> list[pathlib.Path]:
-    """The files that a data set depends on; what is prepared may lie beside them."""
-    prepared = pathlib.Path(data_dir).expanduser().absolute()
-    if builder.source.is_relative_to(prepared):
-        prepared /= builder.name
-    return [p for p in builder.source_files() if not p.is_relative_to(prepared)]
-
-
-def _check_source(
-    target: pathlib.Path, builder: SegmentationBuilder, sources: Sequence[pathlib.Path]
-) -> None:
+def _check_source(target: pathlib.Path, builder: SegmentationBuilder) -> None:
     """Raises UserError if the source's files are not those that `target` was prepared from."""
     if not builder.needs_source:
         return
@@ -166,7 +156,8 @@ def _check_source(
             file=sys.stderr,
         )
         return
-    differing = source_record.differences(target, builder.source, sources)
+    listed = builder.source_files() if builder.lists_sources else None
+    differing = source_record.differences(target, builder.source, listed)
     if differing:
         raise UserError(
             f"{target} was prepared from other files; in {builder.source} there are "

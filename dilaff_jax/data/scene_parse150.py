@@ -52,11 +52,11 @@ class Builder(builder.SegmentationBuilder):
     stored_splits: ClassVar[Mapping[str, str]] = {"validation": "test"}
     read_lut = builder.lookup_table(_ANNOTATIONS)
 
+    lists_sources = False
+
     def splits(self) -> Mapping[str, Sequence[Pair]]:
         """The 150-class annotations of the 2016 challenge."""
-        root = folders.unpacked(
-            self.source, self.scratch, "ADEChallengeData2016", ["ADEChallengeData2016.zip"]
-        )
+        root = self.unpacked("ADEChallengeData2016", ["ADEChallengeData2016.zip"])
         return {
             split: folders.pair_up(root, root / "images" / name, root / "annotations" / name)
             for split, name in (("train", "training"), ("validation", "validation"))

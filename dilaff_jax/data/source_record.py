@@ -41,11 +41,12 @@ def exists(folder: pathlib.Path) -> bool:
 
 
 def differences(
-    folder: pathlib.Path, source: pathlib.Path, paths: Iterable[pathlib.Path]
+    folder: pathlib.Path, source: pathlib.Path, paths: Iterable[pathlib.Path] | None
 ) -> list[str]:
     """What is not as it was recorded: "2 files added (a.png, b.png)", and so on; [] if nothing is.
 
-    A file of the same size and time is taken for the same; one of another time is read.
+    A file of the same size and time is taken for the same; one of another time is read. Where
+    `paths` is None, only the recorded files are looked at, and none can have been added.
 
     Raises:
         UserError: the record is damaged.
@@ -54,6 +55,8 @@ def differences(
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         stored: dict[str, list[int]] = content["files"]
+        if paths is None:
+            paths = [path for name in stored if (path := source / name).is_file()]
         now = {p.relative_to(source).as_posix(): p for p in paths}
         changed = [n for n, p in now.items() if n in stored and not _same(p, stored[n])]
     except (ValueError, KeyError, TypeError) as e:

@@ -70,14 +70,12 @@ class Builder(builder.SegmentationBuilder):
     options_type = VocOptions
     options: VocOptions
 
+    lists_sources = False
+
     def splits(self) -> Mapping[str, Sequence[Pair]]:
         """VOC train and val, and SBD without both."""
-        voc = folders.unpacked(
-            self.source, self.scratch, "VOCdevkit/VOC2012", ["VOCtrainval_11-May-2012.tar"]
-        )
-        sbd = folders.unpacked(
-            self.source, self.scratch, "benchmark_RELEASE/dataset", ["benchmark.tgz"]
-        )
+        voc = self.unpacked("VOCdevkit/VOC2012", ["VOCtrainval_11-May-2012.tar"])
+        sbd = self.unpacked("benchmark_RELEASE/dataset", ["benchmark.tgz"])
         lists = voc / "ImageSets" / "Segmentation"
         train, val = _names(lists / "train.txt"), _names(lists / "val.txt")
         extra = set(_names(sbd / "train.txt") + _names(sbd / "val.txt")) - set(train) - set(val)
