@@ -233,7 +233,7 @@ def test_results_never_overwrite_one_another(model, tmp_path):
     frames = {f"clip.avi/{i:06d}.png" for i in range(7)}
     assert found == frames | {"clip/000000.png", "a.png.png", "a.jpg.png", "a.jpg.png.png"}
     assert labels_at(labels / "clip/000000.png").shape == (16, 16)
-    assert "1 file of other types not used: notes.txt" in str(summary)
+    assert "no image or video, not used: 1 file (notes.txt)" in str(summary)
 
 
 def test_a_video_that_breaks_off_is_a_failure_and_what_there_is_stays(model, tmp_path):

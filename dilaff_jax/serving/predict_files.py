@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dilaff_jax.data import folders
+from dilaff_jax.data import folders, source_record
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.serving.predictor import PROGRAMS, Predictor, Result
@@ -45,10 +45,8 @@ class Summary:
         if lines:
             lines.insert(0, "1 file failed:" if len(lines) == 1 else f"{len(lines)} files failed:")
         if self.unused:
-            count = "1 file" if len(self.unused) == 1 else f"{len(self.unused)} files"
-            more = ", ..." if len(self.unused) > 5 else ""
-            names = ", ".join(path.name for path in self.unused[:5])
-            lines.append(f"{count} of other types not used: {names}{more}")
+            names = [path.name for path in self.unused]
+            lines.append(f"no image or video, not used: {source_record.listed(names)}")
         return "\n".join([f"{self.images} images segmented", *lines])
 
 
