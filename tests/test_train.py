@@ -504,7 +504,7 @@ def test_a_best_metric_that_is_undefined_on_the_images_is_no_score(
     assert checkpoint.latest_step(tmp_path) == 2
 
 
-@pytest.mark.parametrize("name", ["run[1]", "a*b?", "[!x]/run"])
+@pytest.mark.parametrize("name", ["a*b?/[!x]/run[1]"])
 def test_a_workdir_may_have_any_name(name, data_dir, tmp_path):
     """What a library takes for a pattern: checkpoints were saved, and could not be read again."""
     workdir = tmp_path / name
