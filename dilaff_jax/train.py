@@ -170,7 +170,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
                     f"asked to stop: step {at} is saved in {workdir}; run again to go on"
                 )
     if failure is not None:
-        failure.add_note(f"every step is saved in {workdir}; --mode=evaluate evaluates the last")
+        failure.add_note(f"every step is saved in {workdir}; --mode=eval evaluates the last")
         raise failure
     return results
 

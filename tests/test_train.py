@@ -469,7 +469,7 @@ def test_a_last_evaluation_that_fails_is_an_error_after_everything_is_saved(
     monkeypatch.setattr(evaluate.Evaluation, "_count", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         train.train_and_evaluate(make_config(data_dir), tmp_path)
-    assert "--mode=evaluate evaluates the last" in caught.value.__notes__[0]
+    assert "--mode=eval evaluates the last" in caught.value.__notes__[0]
     assert checkpoint.latest_step(tmp_path) == 6
     monkeypatch.undo()
     assert evaluate.evaluate_run(make_config(data_dir), tmp_path).step == 6
