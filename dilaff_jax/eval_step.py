@@ -41,7 +41,8 @@ class EvalStep:
         num_classes: C.
 
     Attributes:
-        variants: what is evaluated: `PLAIN`, and `REFINED` where the model has affinities.
+        variants: what is evaluated: `PLAIN`, and `REFINED` where the model has affinities; none
+            of an affinity network by itself.
         dilations: of the affinity channels, each once; [] without.
 
     Raises:
@@ -54,7 +55,9 @@ class EvalStep:
         test_time.check(config.inference)
         self._config, self._model, self._num_classes = config, model, num_classes
         self._refine = propagate.operator(**config.refine)
-        self.variants = (PLAIN,) if model.offsets is None else (PLAIN, REFINED)
+        self.variants: tuple[str, ...] = ()
+        if model.segmentation:
+            self.variants = (PLAIN,) if model.offsets is None else (PLAIN, REFINED)
         self.dilations: list[int] = []
         if model.offsets is not None:
             self.dilations = affinity.distinct_dilations(model.offsets)
@@ -76,12 +79,14 @@ class EvalStep:
             apply, images, self._model.offsets, self._config.inference
         )
         # Void and the rows and margins that pad a batch are ignored labels, and count nowhere.
-        predictions = {PLAIN: jnp.argmax(resize.bilinear(logits, size), axis=-1)}
-        counts = {PLAIN: metrics.confusion(predictions[PLAIN], labels, classes)}
+        predictions = {}
+        if logits is not None:
+            predictions[PLAIN] = jnp.argmax(resize.bilinear(logits, size), axis=-1)
+            if affinity_logits is not None:
+                predictions[REFINED] = self.propagate(logits, affinity_logits, size)
+        counts = {k: metrics.confusion(x, labels, classes) for k, x in predictions.items()}
         shown = jnp.zeros((*labels.shape, 0), jnp.uint8)
         if affinity_logits is not None:
-            predictions[REFINED] = self.propagate(logits, affinity_logits, size)
-            counts[REFINED] = metrics.confusion(predictions[REFINED], labels, classes)
             counts["affinity"] = self._edge_counts(affinity_logits, labels)
             shown = visualize.edge_strength(affinity_logits, self._offsets)
         labels_found = {name: x.astype(jnp.uint8) for name, x in predictions.items()}

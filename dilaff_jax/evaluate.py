@@ -94,7 +94,10 @@ class Evaluation:
 
         None where it is undefined: for a class or a boundary that no image has.
         """
-        value = results.scalars.get(f"{self.variants[-1]}/{self._config.best_metric}")
+        name = self._config.best_metric
+        if not name.startswith("affinity/"):
+            name = f"{self.variants[-1]}/{name}"
+        value = results.scalars.get(name)
         return None if value is None or math.isnan(value) else value
 
     def _count(
@@ -160,8 +163,9 @@ class Evaluation:
         for variant in self.variants:
             groups[variant] = metrics.segmentation_summary(device[variant], names)
             groups[variant] |= metrics.boundary_summary(**host.get(variant, {}))
-        if REFINED in self.variants:
+        if "affinity" in device:
             groups["affinity"] = metrics.affinity_summary(device["affinity"], self._step.dilations)
+        if REFINED in self.variants:
             groups["transitions"] = metrics.transition_summary(
                 host["transitions"], class_names=names
             )
@@ -175,6 +179,9 @@ class Evaluation:
             values = [scalars.get(f"{v}/{key}") for v in self.variants]
             return [name, *("-" if x is None else f"{100 * x:.2f}" for x in values)]
 
+        title = f"{self._source.title}: {scalars['images']:.0f} images, per cent"
+        if not self.variants:
+            return self._edge_table(scalars, title)
         rows = [row(name, f"iou/{name}") for name in self._source.class_names]
         main = {
             "miou": "mean IoU",
@@ -184,13 +191,35 @@ class Evaluation:
             "boundary_f": f"boundary F, {self._config.eval.tolerance:g} px",
         }
         rows += [row(title, key) for key, title in main.items() if f"{PLAIN}/{key}" in scalars]
-        title = f"{self._source.title}: {scalars['images']:.0f} images, per cent"
         return reporting.table(title, ["", *self.variants], rows)
 
+    def _edge_table(self, scalars: Mapping[str, float], title: str) -> str:
+        """How well class edges are found at each dilation, in per cent."""
+        rows = []
+        for figure in ("average_precision", "precision", "recall", "f1", "calibration_error"):
+            names = [f"affinity/d{d}/{figure}" for d in self._step.dilations]
+            values = [scalars.get(name) for name in names]
+            texts = ["-" if x is None else f"{100 * x:.2f}" for x in values]
+            rows.append([figure.replace("_", " "), *texts])
+        columns = [f"dilation {d}" for d in self._step.dilations]
+        return reporting.table(f"class edges of {title}", ["", *columns], rows)
 
-def check_best_metric(name: str, class_names: Sequence[str]) -> None:
-    """Raises UserError for an iou/CLASS or trimap_miou/WIDTH that no evaluation has."""
+
+def check_best_metric(name: str, class_names: Sequence[str], model: segmenter.Segmenter) -> None:
+    """Raises UserError for a figure that no evaluation of this model has."""
     kind, separator, which = name.partition("/")
+    if kind != "affinity" and not model.segmentation:
+        raise UserError(
+            f"config.best_metric is {name!r}, and model.segmentation is None; an affinity network "
+            "by itself has 'affinity/mean/average_precision' and 'affinity/mean/f1'"
+        )
+    if kind == "affinity":
+        if model.offsets is None:
+            raise UserError(
+                f"config.best_metric is {name!r}, and the model has no affinity head; use 'miou', "
+                "or give it one (model.affinity, loss.affinity)"
+            )
+        return
     allowed = {"iou": list(class_names), "trimap_miou": [f"{w:g}" for w in metrics.WIDTHS]}
     if separator and which not in allowed[kind]:
         near = difflib.get_close_matches(which, allowed[kind], 1)

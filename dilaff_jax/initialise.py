@@ -11,6 +11,7 @@ import numpy as np
 from dilaff_jax import references, schema
 from dilaff_jax.data.datasets import Source
 from dilaff_jax.errors import UserError
+from dilaff_jax.models.frozen import Frozen
 from dilaff_jax.models.segmenter import Segmenter
 from dilaff_jax.runtime import checkpoint, files
 from dilaff_jax.schema import Key
@@ -34,8 +35,8 @@ KEYS: schema.Section = {
     "folded": Key(
         False,
         schema.SWITCH,
-        "The file's BatchNorm is folded into its convolutions; it is calibrated on training "
-        "images.",
+        "The file's BatchNorm is folded into its convolutions; where it is not frozen, it is "
+        "calibrated on training images.",
     ),
     "drop": Key(
         (),
@@ -101,18 +102,13 @@ def _from_file(
 
     init = config.init
     options: dict[str, Any] = {"drop": init.drop, "keep": init.keep, "entry": init.entry or None}
-    # Outside the mapped step there is no axis to synchronise BatchNorm over.
-    if init.model:
-        return pretrained.load_model(model, variables, weight_file(init.model), **options)
-    images = _calibration_images(config, source) if init.folded else None
-    return pretrained.load_backbone(
-        model,
-        variables,
-        weight_file(init.encoder),
-        folded=init.folded,
-        calibration_images=images,
-        **options,
-    )
+    options["folded"] = init.folded
+    changing, _ = Frozen(variables["params"], config.optim.frozen).split(variables)
+    loaded = ("encoder", "decoder") if init.model else ("encoder",)
+    if init.folded and any(part in changing["batch_stats"] for part in loaded):
+        options["calibration_images"] = _calibration_images(config, source)
+    load = pretrained.load_model if init.model else pretrained.load_backbone
+    return load(model, variables, weight_file(init.model or init.encoder), **options)
 
 
 def _calibration_images(config: ml_collections.ConfigDict, source: Source) -> jax.Array:

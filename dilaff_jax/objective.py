@@ -60,6 +60,7 @@ class Objective:
     Args:
         config: the whole config.
         model: a `Segmenter`.
+        num_classes: C.
 
     Attributes:
         weights: {term: weight} of the terms that this config has.
@@ -68,11 +69,14 @@ class Objective:
         UserError: options of `config.loss` that are unknown or contradict each other.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, model: nn.Module) -> None:
+    def __init__(
+        self, config: ml_collections.ConfigDict, model: nn.Module, num_classes: int
+    ) -> None:
         self._config, self._offsets = config.loss, model.offsets
+        self._num_classes = num_classes
         self._refine = propagate.operator(**config.refine)
         weights = {
-            "segmentation": 1.0,
+            "segmentation": float(model.segmentation),
             "auxiliary": config.loss.auxiliary if config.model.aux else 0.0,
             "affinity": config.loss.affinity,
             "aaf": config.loss.aaf,
@@ -80,17 +84,24 @@ class Objective:
         }
         self.weights = {term: weight for term, weight in weights.items() if weight}
         self._check(config)
+        if not model.segmentation and {"aaf", "refined"} & self.weights.keys():
+            raise UserError(
+                "loss.aaf and loss.refined are losses of a segmentation, and model.segmentation is "
+                "None; set both to 0"
+            )
 
     def __call__(self, outputs: Mapping[str, Any], labels: jax.Array) -> dict[str, LossSum]:
         """Returns sum and count of every term. labels: `[b, H, W]`, at full resolution."""
         logits = outputs["logits"]
-        terms = {"segmentation": self._segmentation(logits, labels)}
+        terms = {}
+        if "segmentation" in self.weights:
+            terms["segmentation"] = self._segmentation(logits, labels)
         if "auxiliary" in self.weights:
             terms["auxiliary"] = losses.upsampled_loss(
                 losses.cross_entropy, outputs["aux_logits"], labels
             )
         if "affinity" in self.weights:
-            terms["affinity"] = self._affinity(outputs["affinity_logits"], labels, logits.shape[-1])
+            terms["affinity"] = self._affinity(outputs["affinity_logits"], labels)
         if "aaf" in self.weights:
             coarse = affinity.downsample_labels(labels, logits.shape[1:3])
             terms["aaf"] = losses.adaptive_affinity_fields(logits, coarse)
@@ -114,8 +125,8 @@ class Objective:
             return loss(resize.bilinear(logits, labels.shape[1:3]), labels, **options)
         return losses.upsampled_loss(loss, logits, labels, **options)
 
-    def _affinity(self, logits: jax.Array, labels: jax.Array, num_classes: int) -> LossSum:
-        grid = logits.shape[1:3]
+    def _affinity(self, logits: jax.Array, labels: jax.Array) -> LossSum:
+        grid, num_classes = logits.shape[1:3], self._num_classes
         coarse = affinity.downsample_labels(labels, grid)
         if self._config.soft_targets:
             target, valid = affinity.soft_targets(labels, self._offsets, grid, num_classes)

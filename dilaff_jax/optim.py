@@ -40,6 +40,13 @@ KEYS: schema.Section = {
     ),
     "clip_norm": Key(0.0, schema.FROM_0, "Largest norm of the whole gradient; 0: no limit."),
     "accumulate": Key(1, schema.COUNT, "Microbatches in which a device goes through its rows."),
+    "frozen": Key(
+        (),
+        schema.PATTERNS,
+        "Patterns of parameters or of modules that do not change, such as `('encoder', 'decoder')`:"
+        " no gradient, no state of the optimiser; a module that is frozen whole runs as in "
+        "evaluation.",
+    ),
     "ema": Key(0.0, schema.SHARE, "Decay of the averaged weights that are evaluated; 0: none."),
 }
 

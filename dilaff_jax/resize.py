@@ -34,7 +34,26 @@ def bilinear(
     )
 
 
-def bilinear_logits(x: Real[Array, " *spatial C"], size: Sequence[int]) -> Float[Array, " *size C"]:
+def from_aligned_corners(
+    x: Real[Array, "B h w C"], image: Sequence[int], size: Sequence[int]
+) -> Float[Array, "B H W C"]:
+    """`bilinear` to the size of the image with corners aligned, then to `size` without, in one.
+
+    So what a network made whose scores are enlarged with `align_corners=True` gets a grid that can
+    be enlarged as all others are. Where `size` is a quarter of the image, the result is within
+    a pixel's interpolation of the original's. Our choice.
+    """
+    rows, columns = (
+        jnp.asarray(matrix(full, n) @ _aligned_matrix(n_in, full))
+        for n_in, full, n in zip(x.shape[1:3], image, size, strict=True)
+    )
+    x = x.astype(jnp.float32)
+    return jnp.einsum("bhwc,yh,xw->byxc", x, rows, columns, precision="highest")
+
+
+def bilinear_logits(
+    x: Real[Array, " *spatial C"], size: Sequence[int], *, align_corners: bool = False
+) -> Float[Array, " *size C"]:
     """`bilinear` of logits that may be -inf, which says "never": so people switch classes off.
 
     A class is never at an output pixel where it is never at the nearest input pixel; elsewhere it
@@ -47,11 +66,13 @@ def bilinear_logits(x: Real[Array, " *spatial C"], size: Sequence[int]) -> Float
     if x.shape[first:-1] == tuple(size):
         return x
     never = jnp.isneginf(x)
-    weight = bilinear(jnp.where(never, 0.0, 1.0), size)
-    total = bilinear(jnp.where(never, 0.0, x), size)
+    weight = bilinear(jnp.where(never, 0.0, 1.0), size, align_corners=align_corners)
+    total = bilinear(jnp.where(never, 0.0, x), size, align_corners=align_corners)
     for axis, n_out in enumerate(size, start=first):
         n_in = never.shape[axis]
         index = (2 * np.arange(n_out, dtype=np.int64) + 1) * n_in // (2 * n_out)
+        if align_corners:
+            index = (2 * np.arange(n_out) * (n_in - 1) + max(n_out - 1, 1)) // max(2 * n_out - 2, 1)
         never = jnp.take(never, index, axis=axis)
     possible = ~never & (weight > 0)
     # Divided only where a class is partly possible: elsewhere the numbers stay those of `bilinear`.
@@ -62,7 +83,18 @@ def bilinear_logits(x: Real[Array, " *spatial C"], size: Sequence[int]) -> Float
 
 def matrix(n_in: int, n_out: int) -> Float[np.ndarray, " n_out n_in"]:
     """The weights `[n_out, n_in]` that `bilinear` gives the pixels along one axis, float32."""
-    centre = np.clip((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0, n_in - 1)
+    return _weights((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, n_in)
+
+
+def _aligned_matrix(n_in: int, n_out: int) -> np.ndarray:
+    """The same with corners aligned."""
+    return _weights(np.arange(n_out) * (n_in - 1) / max(n_out - 1, 1), n_in)
+
+
+def _weights(centre: np.ndarray, n_in: int) -> np.ndarray:
+    """Weights `[len(centre), n_in]` of linear interpolation at these places, in input pixels."""
+    n_out = len(centre)
+    centre = np.clip(centre, 0, n_in - 1)
     below = np.minimum(centre.astype(int), max(n_in - 2, 0))
     weights = np.zeros((n_out, n_in))
     weights[np.arange(n_out), below] = 1 - (centre - below)

@@ -19,7 +19,7 @@ from dilaff_jax.schema import Key, Rule
 
 _FIGURES = (
     *("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"),
-    *("boundary_iou", "boundary_f"),
+    *("boundary_iou", "boundary_f", "affinity/mean/average_precision", "affinity/mean/f1"),
 )
 
 RUN: schema.Section = {

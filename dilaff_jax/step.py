@@ -18,8 +18,10 @@ import optax
 from dilaff_jax import affinity, losses, metrics
 from dilaff_jax.errors import UserError
 from dilaff_jax.losses import LossSum
+from dilaff_jax.models import frozen
 from dilaff_jax.models.cpu import dispatch
 from dilaff_jax.objective import Objective
+from dilaff_jax.runtime import parameter_names
 from dilaff_jax.runtime.parallel import AXIS
 
 Batch: TypeAlias = Mapping[str, jax.Array]
@@ -41,7 +43,7 @@ class RunningMetrics(flax.struct.PyTreeNode):
     """Sums since the last report; part of the state, so that a resumed run reports the same.
 
     losses: {term: sum over steps of the finished loss}. confusion: int32 `[C, C]`, at the stride of
-    the logits. norms: sums of the norms of gradient and update.
+    the logits; 0 without a segmentation. norms: sums of the norms of gradient and update.
     """
 
     steps: jax.Array
@@ -53,9 +55,10 @@ class RunningMetrics(flax.struct.PyTreeNode):
 class TrainState(flax.struct.PyTreeNode):
     """Everything that training changes.
 
-    average: the moving average of {params, batch_stats}, or None. window: the running metrics,
-    under the name that checkpoints have for them. fault: int32 `[2]`, the step whose numbers were
-    not finite (-1: none) and bits of `SOURCES`; from then on nothing changes.
+    opt_state: of the parameters that are trained. average: the moving average of {params,
+    batch_stats} where they change, or None. window: the running metrics, under the name that
+    checkpoints have for them. fault: int32 `[2]`, the step whose numbers were not finite (-1: none)
+    and bits of `SOURCES`; from then on nothing changes.
     """
 
     step: jax.Array
@@ -69,9 +72,7 @@ class TrainState(flax.struct.PyTreeNode):
     @property
     def evaluated(self) -> dict[str, Any]:
         """The variables to evaluate: the average where one is kept."""
-        if self.average is not None:
-            return dict(self.average)
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        return parameter_names.averaged(self.params, self.batch_stats, self.average)
 
 
 class TrainStep:
@@ -95,7 +96,7 @@ class TrainStep:
         tx: optax.GradientTransformation,
     ) -> None:
         self._config, self._model, self._num_classes, self._tx = config, model, num_classes, tx
-        self._objective = Objective(config, model)
+        self._objective = Objective(config, model, num_classes)
 
     def init(self, image_shape: tuple[int, ...]) -> TrainState:
         """The state at step 0, from `config.seed`; `image_shape` is `[1, H, W, 3]`."""
@@ -110,13 +111,14 @@ class TrainStep:
             # One array each: the state's memory is given away, and none may be given twice.
             return {name: jnp.zeros((), jnp.float32) for name in names}
 
-        kept = {"params": params, "batch_stats": batch_stats}
+        parts = frozen.Frozen(params, self._config.optim.frozen)
+        changing, _ = parts.split({"params": params, "batch_stats": batch_stats})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=batch_stats,
-            opt_state=self._tx.init(params),
-            average=jax.tree.map(jnp.copy, kept) if self._config.optim.ema else None,
+            opt_state=self._tx.init(changing["params"]),
+            average=jax.tree.map(jnp.copy, changing) if self._config.optim.ema else None,
             window=RunningMetrics(
                 steps=jnp.zeros((), jnp.int32),
                 losses=zeros(("total", *self._objective.weights)),
@@ -132,20 +134,21 @@ class TrainStep:
         batch: `image` `[b, H, W, 3]` in [0, 255], `label` `[b, H, W]`.
         """
         key = jax.random.fold_in(jax.random.key(self._config.seed), state.step)
-        gradient, batch_stats, terms, confusion = self._gradient(state, batch, key)
+        parts = frozen.Frozen(state.params, self._config.optim.frozen)
+        gradient, batch_stats, terms, confusion = self._gradient(state, parts, batch, key)
+        changing, fixed = parts.split({"params": state.params, "batch_stats": batch_stats})
         # Written down, or each is made again wherever it is read, from parameters that then have to
         # be copied before they can be overwritten.
         updates, opt_state = dispatch.materialize(
-            self._tx.update(gradient, state.opt_state, state.params)
+            self._tx.update(gradient, state.opt_state, changing["params"])
         )
-        params = optax.apply_updates(state.params, updates)
+        changing["params"] = optax.apply_updates(changing["params"], updates)
         average = state.average
         if average is not None:
-            fresh = {"params": params, "batch_stats": batch_stats}
-            average = optax.incremental_update(fresh, average, 1 - self._config.optim.ema)
+            average = optax.incremental_update(changing, average, 1 - self._config.optim.ema)
         norms = {"gradient": optax.tree.norm(gradient), "update": optax.tree.norm(updates)}
         new = state.replace(
-            params=params,
+            params=parameter_names.merge(changing["params"], fixed["params"]),
             batch_stats=batch_stats,
             opt_state=opt_state,
             average=average,
@@ -161,12 +164,12 @@ class TrainStep:
         return kept.replace(step=state.step + 1, fault=fault)
 
     def _gradient(
-        self, state: TrainState, batch: Batch, key: jax.Array
+        self, state: TrainState, parts: frozen.Frozen, batch: Batch, key: jax.Array
     ) -> tuple[Any, Any, dict[str, jax.Array], jax.Array]:
         """Gradient of the global loss, new statistics, finished terms, confusion matrix."""
         microbatches = self._config.optim.accumulate
         if microbatches == 1:
-            return self._microbatch(state.params, state.batch_stats, batch, key, None)
+            return self._microbatch(state, parts, state.batch_stats, batch, key, None)
         rows = batch["label"].shape[0]
         if rows % microbatches:
             raise UserError(
@@ -183,12 +186,12 @@ class TrainStep:
             index, rows = xs
             own_key = jax.random.fold_in(key, index)
             gradient, stats, terms, confusion = self._microbatch(
-                state.params, stats, rows, own_key, counts
+                state, parts, stats, rows, own_key, counts
             )
             return (jax.tree.map(jnp.add, sums, (gradient, terms, confusion)), stats), None
 
         zeros = (
-            jax.tree.map(jnp.zeros_like, state.params),
+            jax.tree.map(jnp.zeros_like, parts.split({"params": state.params})[0]["params"]),
             jax.tree.map(jnp.zeros_like, dict(state.window.losses)),
             jnp.zeros_like(state.window.confusion),
         )
@@ -199,17 +202,29 @@ class TrainStep:
         return gradient, stats, terms, confusion
 
     def _microbatch(
-        self, params: Any, batch_stats: Any, batch: Batch, key: jax.Array, counts: Any
+        self,
+        state: TrainState,
+        parts: frozen.Frozen,
+        batch_stats: Any,
+        batch: Batch,
+        key: jax.Array,
+        counts: Any,
     ) -> tuple[Any, Any, dict[str, jax.Array], jax.Array]:
+        changing, fixed = parts.split({"params": state.params})
+
         def share(params: Any) -> tuple[jax.Array, Any]:
             """This device's share of the global loss: its sums over everybody's counts."""
-            outputs, mutated = self._model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                batch["image"],
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": key},
-            )
+            with parts.in_evaluation():
+                outputs, mutated = self._model.apply(
+                    {
+                        "params": parameter_names.merge(params, fixed["params"]),
+                        "batch_stats": batch_stats,
+                    },
+                    batch["image"],
+                    train=True,
+                    mutable=["batch_stats"],
+                    rngs={"dropout": key},
+                )
             terms = self._objective(outputs, batch["label"])
             local = {k: jax.lax.stop_gradient(v.count) for k, v in terms.items()}
             total = counts or jax.lax.psum(local, AXIS)
@@ -219,9 +234,11 @@ class TrainStep:
             )
             return shares["total"], (shares, mutated.get("batch_stats", {}), outputs["logits"])
 
-        gradient, (shares, stats, logits) = jax.grad(share, has_aux=True)(params)
-        coarse = affinity.downsample_labels(batch["label"], logits.shape[1:3])
-        confusion = metrics.confusion(jnp.argmax(logits, -1), coarse, self._num_classes)
+        gradient, (shares, stats, logits) = jax.grad(share, has_aux=True)(changing["params"])
+        confusion = jnp.zeros_like(state.window.confusion)
+        if logits is not None:
+            coarse = affinity.downsample_labels(batch["label"], logits.shape[1:3])
+            confusion = metrics.confusion(jnp.argmax(logits, -1), coarse, self._num_classes)
         gradient, shares, confusion = jax.lax.psum((gradient, shares, confusion), AXIS)
         return gradient, stats, shares, confusion
 

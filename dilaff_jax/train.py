@@ -19,7 +19,7 @@ from dilaff_jax.data import datasets, pipeline
 from dilaff_jax.data.batch_iterator import DevicePrefetch
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import NotFiniteError, UserError
-from dilaff_jax.models import segmenter
+from dilaff_jax.models import frozen, segmenter
 from dilaff_jax.runtime import files, locks, preemption, provenance, reporting
 from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import AXIS, Devices
@@ -83,9 +83,10 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
             f"{train_source.title} has not one labelled pixel, so there is nothing to learn; look "
             "at its masks, and at what they are mapped to (--mask_values)"
         )
-    evaluate.check_best_metric(config.best_metric, eval_source.class_names)
     classes = train_source.num_classes
     model = segmenter.build(segmenter.config_of_run(config), classes, axis_name=AXIS)
+    evaluate.check_best_metric(config.best_metric, eval_source.class_names, model)
+    frozen.Frozen(segmenter.abstract_variables(model)["params"], config.optim.frozen)
     tx, schedule = optim.optimiser(config.optim, config.num_steps)
     train_step = TrainStep(config, model, classes, tx)
     return _Run(
@@ -155,8 +156,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
                 if message:
                     raise NotFiniteError(message)
             if log:
-                window = jax.device_get(state.window)
-                reporter.scalars(at, _train_metrics(window, run.schedule, at))
+                reporter.scalars(at, _train_metrics(run, jax.device_get(state.window), at))
             with reporter.paused():
                 score = None
                 if evaluates:
@@ -259,18 +259,22 @@ def _note_start(workdir: pathlib.Path, begin: int, changed: Sequence[str]) -> No
             file.write(json.dumps(about) + "\n")
 
 
-def _train_metrics(window: RunningMetrics, schedule: optax.Schedule, at: int) -> dict[str, float]:
+def _train_metrics(run: _Run, window: RunningMetrics, at: int) -> dict[str, float]:
     """The means of a window, ready for metrics.jsonl."""
     steps = int(window.steps)
     means = {f"train/{k}_loss": float(v) / steps for k, v in window.losses.items()}
     norms = {f"train/{k}_norm": float(v) / steps for k, v in window.norms.items()}
-    iou = metrics.segmentation_summary(window.confusion)
-    return (
-        {"train/loss": means.pop("train/total_loss")}
-        | means
-        | {"train/miou": iou["miou"], "train/learning_rate": float(schedule(at - 1))}
-        | norms
-    )
+    total = means.pop("train/total_loss")
+    iou = {}
+    if run.model.segmentation:
+        iou = {"train/miou": metrics.segmentation_summary(window.confusion)["miou"]}
+    return {
+        "train/loss": total,
+        **means,
+        **iou,
+        "train/learning_rate": float(run.schedule(at - 1)),
+        **norms,
+    }
 
 
 def _with_token(train_step: TrainStep) -> Callable[[Any, Any], tuple[Any, jax.Array]]:

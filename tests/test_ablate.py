@@ -529,7 +529,7 @@ def check_that_masked_pairs_teach_nothing():
     """The gradient of the whole objective at pairs that leave the image or touch void is zero."""
     config = tiny_config.get_config()
     model = segmenter.build(segmenter.config_of_run(config), 8)
-    objective = Objective(config, model)
+    objective = Objective(config, model, 8)
     labels = np.random.default_rng(0).integers(0, 2, (1, 32, 32))
     labels[:, 8:20, :16] = 255
     offsets = model.offsets

@@ -52,7 +52,7 @@ def data_dir(tmp_path_factory):
         names = ("spatial_a", "static_b")
         data_files.image_folder(source / "facade", names, split, CLASSES[FACADE_SET])
     prepare.prepare("camvid", target, source / "camvid")
-    prepare.prepare("voc2012_seg", target, write_voc(source / "voc"), SMALL_VOC)
+    prepare.prepare("voc2012_seg", target, write_voc(source / "voc", "2010_2"), SMALL_VOC)
     prepare.prepare("cityscapes", target, write_cityscapes(source / "city"))
     prepare.prepare("scene_parse150", target, write_ade(source / "ade"))
     options = datasets.builder_class("image_folder").options_type(classes=FACADE)

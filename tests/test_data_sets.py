@@ -168,17 +168,17 @@ def test_real_labelmefacade_is_an_image_folder(real_data, tmp_path):
 # PASCAL VOC.
 
 
-def write_voc(root):
+def write_voc(root, second="2007_2"):
     """Both official archives in miniature: 2 train, 2 val, 4 SBD of which one is in each."""
     voc, sbd = root / "VOCdevkit/VOC2012", root / "benchmark_RELEASE/dataset"
     (voc / "ImageSets/Segmentation").mkdir(parents=True)
     (sbd / "cls").mkdir(parents=True)
-    (voc / "ImageSets/Segmentation/train.txt").write_text("2007_1\n2007_2\n")
+    (voc / "ImageSets/Segmentation/train.txt").write_text(f"2007_1\n{second}\n")
     (voc / "ImageSets/Segmentation/val.txt").write_text("2007_3\n2007_4\n")
-    (sbd / "train.txt").write_text("2007_2\n2008_5\n2008_6\n")
+    (sbd / "train.txt").write_text(f"{second}\n2008_5\n2008_6\n")
     (sbd / "val.txt").write_text("2007_3\n")
     for n in (1, 2, 3, 4, 5, 6):
-        name = f"200{7 if n < 5 else 8}_{n}"
+        name = second if n == 2 else f"200{7 if n < 5 else 8}_{n}"
         save(picture(seed=n), voc / "JPEGImages" / f"{name}.jpg", quality=95)
         label = classes_map(classes=21, seed=n)
         label[2] = 255
@@ -242,6 +242,20 @@ def test_a_voc_that_has_changed_is_not_ready(archived, tmp_path):
     changed.write_bytes(changed.read_bytes() + b"x")
     with pytest.raises(UserError, match=rf"{changed.name}\) changed: use --overwrite"):
         prepare.prepare("voc2012_seg", tmp_path / "data", source, options)
+
+
+def test_voc_alone_needs_nothing_of_sbd(tmp_path):
+    """Also where the folder of the year is given without the one around it."""
+    source = write_voc(tmp_path / "in")
+    (source / "VOCdevkit/VOC2012").rename(source / "VOC2012")
+    shutil.rmtree(source / "benchmark_RELEASE")
+    with pytest.raises(DataError, match="benchmark_RELEASE/dataset"):
+        prepare.prepare("voc2012_seg", tmp_path / "out", source)
+    options = voc2012_seg.VocOptions(counts=(2, 0, 2))
+    prepare.prepare("voc2012_seg", tmp_path / "out", source, options)
+    assert loaded("voc2012_seg", tmp_path / "out", "train").names == ["2007_1", "2007_2"]
+    with pytest.raises(UserError, match="aug"):
+        loaded("voc2012_seg", tmp_path / "out", "train+aug")
 
 
 def test_voc_counts_are_checked(tmp_path):

@@ -407,7 +407,7 @@ def test_the_correction_of_the_method_is_the_one_of_refine_logits(tiny_run):
     model, image = dilaff_jax.load(tiny_run), picture(37, 50)
     raw = model.infer(image)
     labels, probs = propagate.refine_logits(
-        raw.logits, raw.affinity_logits, model.network.offsets, (37, 50), model.refine
+        raw.logits, raw.affinity_logits, model.network.offsets, (37, 50), model.operator
     )
     result = model(image)
     np.testing.assert_array_equal(result.labels, labels[0])

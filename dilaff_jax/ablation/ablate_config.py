@@ -138,6 +138,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     """
     ablate = config.ablate
     schema.check(ablate, KEYS, "config.ablate")
+    if config.model.get("segmentation", {}) is None:
+        raise UserError(
+            "model.segmentation is None: an ablation compares segmentations, and this network has "
+            "none of its own; --mode refine --truth says what it adds to another network's"
+        )
     _check_names("arms", ablate.arms, ARMS)
     if "refined" in ablate.arms and "joint" not in ablate.arms:
         raise UserError("ablate.arms has 'refined', which are the networks of 'joint': name both")

@@ -175,6 +175,7 @@ def _program(
             return model.apply(variables, x, train=False)  # type: ignore[return-value]
 
         logits, affinity_logits = test_time.infer(apply, batch["image"], model.offsets, config)
+        assert logits is not None
         results = {"logits": logits.astype(jnp.float32)}
         return (
             results

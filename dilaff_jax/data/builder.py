@@ -72,18 +72,6 @@ class Example:
     label_file: Any = ""
 
 
-def colormap(count: int) -> tuple[tuple[int, int, int], ...]:
-    """The PASCAL VOC colour map: class index bits spread over the channels, [count] × RGB."""
-    colors = []
-    for index in range(count):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                rgb[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        colors.append((rgb[0], rgb[1], rgb[2]))
-    return tuple(colors)
-
-
 def lookup_table(values: Mapping[int, int]) -> np.ndarray:
     """Table [256] from stored values to class indices; values that are not listed are ignored."""
     table = np.full(256, IGNORE_LABEL, np.uint8)

@@ -44,9 +44,26 @@ class Classes:
             )
         return cls(tuple(map(str, names)), colors.astype(np.uint8))
 
+    @classmethod
+    def numbered(cls, count: int) -> "Classes":
+        """Of classes that nobody has named: their indices, in the colours of PASCAL VOC."""
+        return cls(tuple(map(str, range(count))), np.array(colormap(count), np.uint8))
+
     def write(self, folder: pathlib.Path) -> None:
         """Writes FOLDER/classes.json."""
         files.write_text(folder / _FILE, json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def colormap(count: int) -> tuple[tuple[int, int, int], ...]:
+    """The PASCAL VOC colour map: class index bits spread over the channels, [count] × RGB."""
+    colors = []
+    for index in range(count):
+        rgb = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                rgb[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+        colors.append((rgb[0], rgb[1], rgb[2]))
+    return tuple(colors)
 
 
 def read_classes(folder: pathlib.Path) -> Classes | None:

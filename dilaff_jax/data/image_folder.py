@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dilaff_jax.data import builder, folders, images
+from dilaff_jax.data.class_list import colormap
 from dilaff_jax.data.folders import Pair
 from dilaff_jax.data.images import DataError
 from dilaff_jax.labels import IGNORE_LABEL
@@ -94,7 +95,7 @@ class Builder(builder.SegmentationBuilder):
             )
         self._names_of_values = [name for name, _ in entries]
         self.class_names = [name for name, _ in named]
-        palette = builder.colormap(len(named) + 1)[1:]  # not black, which an overlay hides
+        palette = colormap(len(named) + 1)[1:]  # not black, which an overlay hides
         self.colors = [color or palette[i] for i, (_, color) in enumerate(named)]
         self._values = {
             _code(color): self.class_names.index(name) if name != _IGNORE else IGNORE_LABEL

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dilaff_jax.data import builder, folders, images
+from dilaff_jax.data.class_list import colormap
 from dilaff_jax.data.folders import Pair
 from dilaff_jax.labels import IGNORE_LABEL
 
@@ -47,7 +48,7 @@ class Builder(builder.SegmentationBuilder):
 
     name = "scene_parse150"
     class_names = CLASSES
-    colors = builder.colormap(len(CLASSES) + 1)[1:]  # ours: two of the customary colours are equal
+    colors = colormap(len(CLASSES) + 1)[1:]  # ours: two of the customary colours are equal
     image_key, label_key, name_key = "image", "annotation", ""
     stored_splits: ClassVar[Mapping[str, str]] = {"validation": "test"}
     read_lut = builder.lookup_table(_ANNOTATIONS)

@@ -3,8 +3,10 @@
     python -m dilaff_jax.data.prepare --dataset voc2012_seg --source DIR --data_dir data
 
 DIR holds the official archives, or what is in them, unpacked:
-    VOCtrainval_11-May-2012.tar  or  VOCdevkit/VOC2012/...
+    VOCtrainval_11-May-2012.tar  or  VOCdevkit/VOC2012/...  or  VOC2012/...
     benchmark.tgz                or  benchmark_RELEASE/dataset/...   (Hariharan et al., ICCV 2011)
+
+`--counts 1464,0,1449` takes VOC alone, without SBD's files.
 
 Splits: train 1,464 (VOC's own masks), aug 9,118 (SBD masks of the images that are in neither VOC
 split) and validation 1,449. The customary training set of 10,582 is `config.train_split =
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dilaff_jax.data import builder, folders, images, mat
+from dilaff_jax.data.class_list import colormap
 from dilaff_jax.data.folders import Pair
 from dilaff_jax.data.images import DataError
 
@@ -34,7 +37,10 @@ class VocOptions(builder.Options):
 
     counts: tuple[int, ...] = dataclasses.field(
         default=(1464, 9118, 1449),
-        metadata={"help": "Expected examples of train, aug and validation; another count stops."},
+        metadata={
+            "help": "Expected examples of train, aug and validation; another count stops. 0 for "
+            "aug: without SBD."
+        },
     )
 
 
@@ -66,7 +72,7 @@ class Builder(builder.SegmentationBuilder):
 
     name = "voc2012_seg"
     class_names = CLASSES
-    colors = builder.colormap(len(CLASSES))
+    colors = colormap(len(CLASSES))
     options_type = VocOptions
     options: VocOptions
 
@@ -74,16 +80,23 @@ class Builder(builder.SegmentationBuilder):
 
     def splits(self) -> Mapping[str, Sequence[Pair]]:
         """VOC train and val, and SBD without both."""
-        voc = self.unpacked("VOCdevkit/VOC2012", ["VOCtrainval_11-May-2012.tar"])
-        sbd = self.unpacked("benchmark_RELEASE/dataset", ["benchmark.tgz"])
+        folder = "VOCdevkit/VOC2012"
+        if not (self.source / folder).exists() and (self.source / "VOC2012").is_dir():
+            folder = "VOC2012"
+        voc = self.unpacked(folder, ["VOCtrainval_11-May-2012.tar"])
         lists = voc / "ImageSets" / "Segmentation"
         train, val = _names(lists / "train.txt"), _names(lists / "val.txt")
-        extra = set(_names(sbd / "train.txt") + _names(sbd / "val.txt")) - set(train) - set(val)
         masks = voc / "SegmentationClass"
+        sbd, extra = None, set()
+        if self.options.counts[1] != 0:
+            sbd = self.unpacked("benchmark_RELEASE/dataset", ["benchmark.tgz"])
+            extra = set(_names(sbd / "train.txt") + _names(sbd / "val.txt")) - set(train) - set(val)
         by_split = {
             "train": [Pair(n, self._jpeg(voc, sbd, n), masks / f"{n}.png") for n in sorted(train)],
             "aug": [
-                Pair(n, self._jpeg(voc, sbd, n), sbd / "cls" / f"{n}.mat") for n in sorted(extra)
+                Pair(n, self._jpeg(voc, sbd, n), sbd / "cls" / f"{n}.mat")
+                for n in sorted(extra)
+                if sbd
             ],
             "validation": [
                 Pair(n, self._jpeg(voc, sbd, n), masks / f"{n}.png") for n in sorted(val)
@@ -96,15 +109,19 @@ class Builder(builder.SegmentationBuilder):
                 f"{tuple(self.options.counts)}: the archives are incomplete or of another edition; "
                 f"--counts {','.join(map(str, counts))} accepts them as they are"
             )
-        return by_split
+        return {split: pairs for split, pairs in by_split.items() if sbd or split != "aug"}
 
-    def _jpeg(self, voc: pathlib.Path, sbd: pathlib.Path, name: str) -> pathlib.Path:
+    def _jpeg(self, voc: pathlib.Path, sbd: pathlib.Path | None, name: str) -> pathlib.Path:
         """The image, from VOC 2012 or else from SBD, which is of VOC 2011."""
-        choices = (voc / "JPEGImages" / f"{name}.jpg", sbd / "img" / f"{name}.jpg")
+        choices = [voc / "JPEGImages" / f"{name}.jpg"]
+        if sbd is not None:
+            choices.append(sbd / "img" / f"{name}.jpg")
         for path in choices:
             if path.is_file():
                 return path
-        raise DataError(f"{name}: no image {choices[0]} nor {choices[1]}; is the archive complete?")
+        raise DataError(
+            f"{name}: no image {' nor '.join(map(str, choices))}; is the archive complete?"
+        )
 
     def read(self, item: Pair) -> builder.Example:
         """Reads one pair; the mask is a palette PNG (VOC) or a .mat file (SBD)."""

@@ -87,6 +87,7 @@ def program(network: Network, platform: str = "any") -> Callable[[jax.Array], di
     def run(images: jax.Array) -> dict[str, jax.Array]:
         with dispatch.made_for(platform):
             logits, affinity_logits = network.apply(network.variables, images)
+        assert logits is not None
         size = images.shape[1:3]
         if affinity_logits is None or network.offsets is None:
             full = resize.bilinear(logits, size)

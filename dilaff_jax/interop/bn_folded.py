@@ -55,7 +55,7 @@ def unfold(
 
 
 def calibrate(
-    model: nn.Module, variables: Mapping[str, Any], images: jax.Array, part: str = ""
+    model: nn.Module, variables: Mapping[str, Any], images: jax.Array, parts: tuple[str, ...]
 ) -> dict[str, Any]:
     """Gives every BatchNorm the statistics of `images`, changing scale and bias to undo it.
 
@@ -67,12 +67,12 @@ def calibrate(
         model: the Segmenter or Classifier.
         variables: with loaded weights.
         images: `[N, H, W, 3]`, RGB in [0, 255]; some dozens of the data to be trained on.
-        part: only BatchNorms whose path begins so, such as "encoder".
+        parts: whose BatchNorms, such as ("encoder",).
     """
     statistics = jax.jit(lambda v, x: _input_statistics(model, v, x))(variables, images)
     flat = flax.traverse_util.flatten_dict(dict(variables))
     for norm, (mean, var) in statistics.items():
-        if not "/".join(norm).startswith(part):
+        if norm[0] not in parts:
             continue
         epsilon = _epsilon(model, norm)
         gain = flat["params", *norm, "scale"] / jnp.sqrt(

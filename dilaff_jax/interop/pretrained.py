@@ -60,7 +60,7 @@ def load_backbone(
     part = torch_layout.from_torch(alone, part, state, drop=drop, keep=keep)
     merged = {c: {**tree, **part.get(c, {})} for c, tree in variables.items()}
     if calibration_images is not None:
-        merged = bn_folded.calibrate(model, merged, calibration_images, part="encoder")
+        merged = bn_folded.calibrate(model, merged, calibration_images, ("encoder",))
     return merged
 
 
@@ -72,18 +72,40 @@ def load_model(
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
     entry: str | None = None,
+    folded: bool = False,
+    calibration_images: jax.Array | None = None,
 ) -> dict[str, Any]:
     """Returns `variables` with all values from a file of the whole model, names as torchvision's.
 
-    For another number of classes say so: `drop=keep=("classifier.4.*", "aux_classifier.4.*")`.
+    For another number of classes say so: `drop=keep=("classifier.4.*", "aux_classifier.4.*")`; for
+    a head that the file knows nothing of: `keep=("affinity_head.*",)`. The names of TensorFlow's
+    mobile DeepLab are known, too.
+
+    Args:
+        model: a Segmenter.
+        variables: of `model.init`.
+        path: as for `load_backbone`, and so are all that follow.
+        drop: patterns of keys of the file that are not used.
+        keep: patterns of names (as in the file) that stay as initialised.
+        entry: see `files.read`.
+        folded: the file's BatchNorm is folded into its convolutions, see `bn_folded`.
+        calibration_images: as for `load_backbone`.
 
     Raises:
         KeyMismatchError: the keys do not fit; the message lists them.
         UserError: as `files.read`.
     """
+    state = files.read(path, entry)
+    if "concat_projection.weight" in state:
+        state = bn_folded.mobile_deeplab_keys(state)
     names = torch_layout.keys(model, variables).values()
-    state, drop = _without_prefix(files.read(path, entry), drop, names)
-    return torch_layout.from_torch(model, variables, state, drop=drop, keep=keep)
+    state, drop = _without_prefix(state, drop, names)
+    if folded:
+        state = bn_folded.unfold(model, variables, state)
+    loaded = torch_layout.from_torch(model, variables, state, drop=drop, keep=keep)
+    if calibration_images is None:
+        return loaded
+    return bn_folded.calibrate(model, loaded, calibration_images, ("encoder", "decoder"))
 
 
 def _without_prefix(

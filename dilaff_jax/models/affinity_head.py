@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from dilaff_jax import affinity
+from dilaff_jax import affinity, resize
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import layers
 
-SOURCES = ("decoder", "stride4", "stride2", "image")
+SOURCES = ("decoder", "stride16", "stride8", "stride4", "stride2", "image", "probabilities")
 STRIDES = (1, 2, 4)
 
 
@@ -31,8 +31,9 @@ class AffinityHead(nn.Module):
         dilations: of the neighbourhood, see `affinity.offsets`; on the head's grid.
         symmetric: predict half of the offsets and mirror them, a[i,o] = a[i+o,-o].
         stride: of the head's grid, 1, 2 or 4.
-        sources: what it reads: "decoder" (features before the classifier), "stride4", "stride2"
-            (the encoder's), "image" (the normalised pixels).
+        sources: what it reads: "decoder" (features before the classifier), "stride16" to "stride2"
+            (the encoder's), "image" (the normalised pixels, by a stem of its own), "probabilities"
+            (the segmentation's, through which no gradient flows).
         width: channels.
         rates: dilations of the 3×3 convolutions, one for each.
         style: see `layers.Style`.
@@ -52,6 +53,7 @@ class AffinityHead(nn.Module):
         image: jax.Array,
         features: Sequence[jax.Array],
         decoded: jax.Array,
+        logits: jax.Array | None,
         train: bool,
     ) -> jax.Array:
         """Returns affinity logits.
@@ -60,11 +62,24 @@ class AffinityHead(nn.Module):
             image: normalised, `[B, H, W, 3]`.
             features: of the encoder, finest first.
             decoded: the decoder's, before its classifier.
+            logits: the segmentation's, `[B, h, w, C]`, if there is one.
             train: BatchNorm uses the batch.
+
+        Raises:
+            UserError: options that are not allowed, or that read what there is not.
         """
         self._check()
         size = -(-image.shape[1] // self.stride), -(-image.shape[2] // self.stride)
-        maps = {"decoder": decoded, "stride4": features[1], "stride2": features[0], "image": image}
+        maps = {"decoder": decoded, "image": image}
+        maps |= {f"stride{2 << i}": x for i, x in enumerate(features[:4])}
+        if logits is not None:
+            probs = jax.nn.softmax(resize.bilinear(jax.lax.stop_gradient(logits), size))
+            maps["probabilities"] = probs.astype(self.style.dtype)
+        elif "probabilities" in self.sources:
+            raise UserError(
+                "affinity.sources have 'probabilities', and the model has no segmentation; leave "
+                "them out"
+            )
         brought = [self._bring(maps[s], s, size, train) for s in self.sources]
         conv = functools.partial(layers.ConvNorm, self.width, 3, style=self.style)
         x = conv(dilation=self.rates[0], name="conv_0")(brought, train)

@@ -232,8 +232,15 @@ class Dropout(nn.Module):
         return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0).astype(x.dtype)
 
 
-def classifier(features: int, style: Style, name: str = "logits") -> nn.Module:
-    """A 1×1 convolution with bias to `features` scores. Small weights: it starts undecided."""
+def classifier(
+    features: int, style: Style, name: str = "logits"
+) -> Callable[[jax.Array], jax.Array]:
+    """A 1×1 convolution with bias to `features` scores; of 0 scores, nothing at all.
+
+    Small weights: it starts undecided.
+    """
+    if not features:
+        return lambda x: x[..., :0]
     init = nn.initializers.normal(0.01)
     return nn.Conv(
         features,

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dilaff_jax import references, schema
+from dilaff_jax import references, resize, schema
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import affinity_head, decoders, encoders, layers, module_options
 from dilaff_jax.models.decoders import fcn
@@ -39,6 +39,17 @@ _FACTORS = Rule(
     "positive integers",
     lambda v: schema.is_sequence(v) and all(schema.is_whole(x, 1) for x in v),
 )
+# At which scores come whose corners were aligned.
+_ALIGNED_STRIDE = 4
+# Of `config.model.segmentation`, where it is not None.
+SEGMENTATION_KEYS: schema.Section = {
+    "align_corners": Key(
+        False,
+        schema.SWITCH,
+        "Bring the scores to stride 4 within the network, corners on corners, as networks expect "
+        "that were trained so: TensorFlow's DeepLab.",
+    ),
+}
 # The defaults are DeepLabv3 on ResNet-50, without affinity.
 KEYS: schema.Section = {
     "encoder": Key(
@@ -81,6 +92,12 @@ KEYS: schema.Section = {
         "`deeplabv3`, `deeplabv3plus`, `fcn`, `pspnet`, `unet`, or `module:name`.",
     ),
     "decoder_options": Key({}, schema.OPTIONS, "Fields of the decoder, such as `width`."),
+    "segmentation": Key(
+        {},
+        schema.or_none(schema.OPTIONS),
+        "Options of the segmentation, see below; None for none: an affinity network by itself, "
+        "which refines what other networks give.",
+    ),
     "aux": Key(False, schema.SWITCH, "Have an auxiliary FCN head on the features before the last."),
     "affinity": Key(
         None,
@@ -105,6 +122,8 @@ class Segmenter(nn.Module):
     decoder: nn.Module
     aux_head: nn.Module | None = None
     affinity_head: nn.Module | None = None
+    segmentation: bool = True
+    align_corners: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array | None]:
@@ -115,22 +134,29 @@ class Segmenter(nn.Module):
             train: dropout is on and BatchNorm uses the batch.
 
         Returns:
-            float32 arrays, each at the stride at which it was made: `logits` `[B, h, w, C]`,
-            `affinity_logits` `[B, h', w', K]` or None, `aux_logits` `[B, h", w", C]` or None.
+            float32 arrays or None, each at the stride at which it was made (with `align_corners`:
+            at stride 4): `logits` `[B, h, w, C]`, `affinity_logits` `[B, h', w', K]`, `aux_logits`
+            `[B, h", w", C]`.
 
         Raises:
             UserError: `images` have another shape.
         """
         x = normalise(images, self.encoder)
         features = self.encoder(x, train)
-        logits, decoded = self.decoder(features, train)
+        scores, decoded = self.decoder(features, train)
+        logits = scores.astype(jnp.float32) if self.segmentation else None
+        if self.align_corners and logits is not None:
+            size = images.shape[1:3]
+            grid = [-(-n // _ALIGNED_STRIDE) for n in size]
+            logits = resize.from_aligned_corners(logits, size, grid)
         aux = affinities = None
         if self.aux_head is not None:
             aux = self.aux_head(features[:-1], train)[0].astype(jnp.float32)
         if self.affinity_head is not None:
-            affinities = self.affinity_head(x, features, decoded, train).astype(jnp.float32)
+            affinities = self.affinity_head(x, features, decoded, logits, train)
+            affinities = affinities.astype(jnp.float32)
         return {
-            "logits": logits.astype(jnp.float32),
+            "logits": logits,
             "affinity_logits": affinities,
             "aux_logits": aux,
         }
@@ -158,6 +184,12 @@ def build(
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}; expected a positive integer")
     style = _style(config, axis_name)
+    segmentation = config["segmentation"]
+    if segmentation is None and (config["affinity"] is None or config["aux"]):
+        raise UserError(
+            "model.segmentation is None: then model.affinity must have a head, {} for its "
+            "defaults, and model.aux, which scores classes, must be False"
+        )
     encoder = build_encoder(
         config["encoder"],
         style,
@@ -166,7 +198,9 @@ def build(
         **config["encoder_options"],
     )
     make = lookup(decoders, config["decoder"], "decoder")
-    given = {"num_classes": num_classes, "style": style, "output_stride": config["output_stride"]}
+    # Without classes a decoder ends with its features.
+    scored = 0 if segmentation is None else num_classes
+    given = {"num_classes": scored, "style": style, "output_stride": config["output_stride"]}
     decoder = module_options.make_module(make, given, config["decoder_options"], "decoder_options")
     aux = fcn.FCN(num_classes, style) if config["aux"] else None
     head = None
@@ -174,7 +208,9 @@ def build(
         head = module_options.make_module(
             affinity_head.AffinityHead, {"style": style}, config["affinity"], "affinity"
         )
-    return Segmenter(encoder, decoder, aux, head)
+    options = schema.defaults(SEGMENTATION_KEYS).to_dict() | dict(segmentation or {})
+    schema.check(options, SEGMENTATION_KEYS, "config.model.segmentation")
+    return Segmenter(encoder, decoder, aux, head, segmentation is not None, **options)
 
 
 def build_encoder(

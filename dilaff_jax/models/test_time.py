@@ -52,8 +52,8 @@ def infer(
     images: jax.Array,
     offsets: np.ndarray | None,
     config: ml_collections.ConfigDict,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns logits `[B, h, w, C]` and affinity logits `[B, h', w', K]`, None without a head.
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns logits `[B, h, w, C]` and affinity logits `[B, h', w', K]`, None for what is not.
 
     With one scale and no flip they are the network's own, at its strides; otherwise the logits
     are logarithms of the averaged probabilities at the size of the images.
@@ -75,17 +75,19 @@ def infer(
         view = images[:, :, ::-1] if flip else images
         scaled = tuple(max(1, round(n * scale)) for n in size)
         logits, affinity = _one_view(apply, resize.bilinear(view, scaled), config)
-        seen = jax.nn.softmax(resize.bilinear(logits, size))
-        probs = probs + (seen[:, :, ::-1] if flip else seen)
+        if logits is not None:
+            seen = jax.nn.softmax(resize.bilinear(logits, size))
+            probs = probs + (seen[:, :, ::-1] if flip else seen)
         if scale == 1.0 and affinity is not None:
             affinities.append(_unflip(affinity, offsets) if flip else affinity)
     mean = sum(affinities[1:], affinities[0]) / len(affinities) if affinities else None
-    return propagate.log_probs(probs / len(views)), mean
+    scored = logits is not None
+    return propagate.log_probs(probs / len(views)) if scored else None, mean
 
 
 def _one_view(
     apply: Apply, images: jax.Array, config: ml_collections.ConfigDict
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array | None, jax.Array | None]:
     if config.window is None or _fits(images.shape[1:3], config.window):
         outputs = apply(images)
         return outputs["logits"], outputs["affinity_logits"]
@@ -98,13 +100,13 @@ def _fits(size: Sequence[int], window: Sequence[int]) -> bool:
 
 def _sliding(
     apply: Apply, images: jax.Array, window: Sequence[int], stride: float
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Averages the logits of overlapping windows; affinities likewise, on their own grid."""
     batch, *size, _ = images.shape
     window = tuple(min(w, n) for w, n in zip(window, size, strict=True))
     crop = jax.ShapeDtypeStruct((batch, *window, 3), images.dtype)
     shapes = jax.eval_shape(apply, crop)
-    affinity_shape = shapes["affinity_logits"]
+    logits_shape, affinity_shape = shapes["logits"], shapes["affinity_logits"]
     # Windows begin on the affinity grid, so that its cells of all windows coincide.
     cell = 1 if affinity_shape is None else -(-window[0] // affinity_shape.shape[1])
     tops = [window_starts(n, w, stride, cell) for n, w in zip(size, window, strict=True)]
@@ -116,19 +118,25 @@ def _sliding(
     def visit(sums: Any, corner: jax.Array) -> tuple[Any, None]:
         part = jax.lax.dynamic_slice(padded, (0, *corner, 0), crop.shape)
         outputs = apply(part)
-        logits = resize.bilinear(outputs["logits"], window)
-        new = {"logits": _add(sums["logits"], logits, corner)}
+        new = {}
+        if logits_shape is not None:
+            logits = resize.bilinear(outputs["logits"], window)
+            new["logits"] = _add(sums["logits"], logits, corner)
         if affinity_shape is not None:
             new["affinity"] = _add(sums["affinity"], outputs["affinity_logits"], corner // cell)
         return new, None
 
-    sums = {"logits": jnp.zeros((batch, *canvas, shapes["logits"].shape[-1]))}
+    sums = {}
+    if logits_shape is not None:
+        sums["logits"] = jnp.zeros((batch, *canvas, logits_shape.shape[-1]))
     if affinity_shape is not None:
         grid = [t[-1] // cell + n for t, n in zip(tops, affinity_shape.shape[1:3], strict=True)]
         sums["affinity"] = jnp.zeros((batch, *grid, affinity_shape.shape[-1]))
     sums, _ = jax.lax.scan(visit, sums, jnp.asarray(corners))
-    logits = sums["logits"] / _visits(canvas, corners, window)
-    logits = logits[:, : size[0], : size[1]]
+    logits = None
+    if logits_shape is not None:
+        logits = sums["logits"] / _visits(canvas, corners, window)
+        logits = logits[:, : size[0], : size[1]]
     if affinity_shape is None:
         return logits, None
     affinity = sums["affinity"] / _visits(grid, corners // cell, affinity_shape.shape[1:3])

@@ -33,6 +33,8 @@ _RESOLUTION = 1 / 16
 _MOST_COMPILATIONS = 8
 _FARTHEST = 8
 TRAIN = "training step"
+# What the training step would need without `optim.frozen`.
+NOTHING_FROZEN = "nothing frozen"
 
 
 class Programs:
@@ -56,26 +58,32 @@ class Programs:
         devices: Devices,
     ) -> None:
         self._config, self._devices, self._eval_size = config, devices, eval_size
+        self._num_classes = num_classes
         self._model = segmenter.build(segmenter.config_of_run(config), num_classes, axis_name=AXIS)
         tx, _ = optim.optimiser(config.optim, config.num_steps)
         self._train = TrainStep(config, self._model, num_classes, tx)
+        thawed = config.copy_and_resolve_references()
+        thawed.optim.frozen = ()
+        self._thawed = TrainStep(thawed, self._model, num_classes, tx)
         self._eval = EvalStep(config, self._model, num_classes)
-        shape = (1, *config.data.crop_size, 3)
-        self._state = jax.eval_shape(lambda: self._train.init(shape))
+        self._image = (1, *config.data.crop_size, 3)
+        self._state = self._abstract(self._train)
 
     def all(self, rows: int) -> dict[str, tuple[Callable[[int], Any], int]]:
         """{name: (what lowers it, images a device)}; the training step with `rows`."""
         evaluated = -(-self._config.eval.batch_size // self._devices.total)
         programs: dict[str, tuple[Callable[[int], Any], int]]
-        programs = {TRAIN: (self.train_step, rows), "eval step": (self.eval_step, evaluated)}
+        programs = {TRAIN: (self.train_step, rows)}
+        if self._config.optim.frozen:
+            programs[NOTHING_FROZEN] = (lambda rows: self._lower_step(self._thawed, rows), rows)
+        programs["eval step"] = (self.eval_step, evaluated)
         if self._model.offsets is not None:
             programs["propagation"] = (self.propagation, evaluated)
         return programs
 
     def train_step(self, rows: int) -> Any:
         """The training step with `rows` images a device, lowered."""
-        program = self._devices.map(self._train, out="replicated", donate=True)
-        return self._lower(program, self._state, self._batch(rows, self._config.data.crop_size))
+        return self._lower_step(self._train, rows)
 
     def eval_step(self, rows: int) -> Any:
         """The evaluation step, lowered."""
@@ -90,11 +98,22 @@ class Programs:
             self._batch(rows, self._eval_size)["image"],
         )
         maps = {name: outputs[name] for name in ("logits", "affinity_logits")}
+        if maps["logits"] is None:  # then another network's, taken to be on the affinity's grid
+            shape = (*maps["affinity_logits"].shape[:3], self._num_classes)
+            maps["logits"] = jax.ShapeDtypeStruct(shape, jnp.float32)
 
         def program(_: Any, x: dict[str, jax.Array]) -> jax.Array:
             return self._eval.propagate(x["logits"], x["affinity_logits"], self._eval_size)
 
         return self._lower(self._devices.map(program, out="sharded"), (), maps)
+
+    def _lower_step(self, train_step: TrainStep, rows: int) -> Any:
+        program = self._devices.map(train_step, out="replicated", donate=True)
+        batch = self._batch(rows, self._config.data.crop_size)
+        return self._lower(program, self._abstract(train_step), batch)
+
+    def _abstract(self, train_step: TrainStep) -> Any:
+        return jax.eval_shape(lambda: train_step.init(self._image))
 
     def _batch(self, rows: int, size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (rows * self._devices.total, *size)
@@ -142,7 +161,7 @@ def run(
     limit, parts = memory_limit(chip, slice_devices), config.optim.accumulate
     each = devices.per_process(config.batch_size) // count
     for name, (lower, rows) in programs.all(each).items():
-        repeats = parts if name == TRAIN else 1
+        repeats = parts if name in (TRAIN, NOTHING_FROZEN) else 1
         footprints[name] = measure(name, lower, rows, limit, repeats)
     print(table(footprints, chip, count), flush=True)
     report = {

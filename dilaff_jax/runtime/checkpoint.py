@@ -235,7 +235,7 @@ def read_variables(
             _check_digest(digest, data, folder / str(step))
         except Exception as e:  # whatever the file system or the codec raised
             raise _damaged(folder / str(step), _reason(e)) from e
-    variables = state["average"] or {k: state[k] for k in ("params", "batch_stats")}
+    variables = parameter_names.averaged(state["params"], state["batch_stats"], state["average"])
     return step, parameter_names.select(variables, like, drop, keep, folder / str(step))
 
 

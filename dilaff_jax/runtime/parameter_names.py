@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from dilaff_jax.errors import UserError
 
@@ -77,6 +78,19 @@ def select(
     return jax.tree_util.tree_map_with_path(
         lambda at, initial: taken.get(_name(at), initial), dict(like), is_leaf=_is_array
     )
+
+
+def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts as one; the value of the first where both have one."""
+    return traverse_util.unflatten_dict(
+        {**traverse_util.flatten_dict(dict(second)), **traverse_util.flatten_dict(dict(first))}
+    )
+
+
+def averaged(params: Any, batch_stats: Any, average: Any) -> dict[str, Any]:
+    """{params, batch_stats} with the moving average of those that change, where one is kept."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    return {k: merge(average[k], v) for k, v in variables.items()} if average else variables
 
 
 def _is_array(leaf: Any) -> bool:

@@ -34,7 +34,7 @@ def read(path: str | os.PathLike) -> Network:
     except (zipfile.BadZipFile, KeyError, ValueError) as e:
         raise UserError(f"{path} is no file that dilaff_jax.export wrote, or damaged: {e}") from e
 
-    def apply(variables: tuple[()], images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def apply(variables: tuple[()], images: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         outputs = exported.call(images)
         return outputs["logits"], outputs.get("affinity_logits")
 
@@ -45,6 +45,7 @@ def read(path: str | os.PathLike) -> Network:
         None if offsets is None else np.array(offsets, np.int32),
         Classes.from_json(metadata["classes"]),
         metadata["refine"],
+        True,
         metadata["resize"],
         tuple(metadata["pad_rgb"]),
         metadata["multiple"],

@@ -15,8 +15,9 @@ from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter, test_time
 from dilaff_jax.runtime import checkpoint
 
-# (variables, images [B, H, W, 3]) to logits [B, h, w, C] and affinity logits [B, h', w', K] or None
-Apply: TypeAlias = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array | None]]
+# (variables, images [B, H, W, 3]) to logits [B, h, w, C] and affinity logits [B, h', w', K]; None
+# for what the network has not.
+Apply: TypeAlias = Callable[[Any, jax.Array], tuple[jax.Array | None, jax.Array | None]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Network:
         offsets: of the affinity channels, `[K, 2]`; None without such a head.
         classes: names and colours.
         refine: keyword arguments of `propagate.operator`.
+        segmentation: whether there are logits; else it refines those of others alone.
         resize: factor by which images are scaled (by area) before the network sees them.
         pad_rgb: what fills an image outside its content, in [0, 255].
         multiple: of which height and width must be; 1 for any size.
@@ -41,6 +43,7 @@ class Network:
     offsets: np.ndarray | None
     classes: Classes
     refine: Mapping[str, Any]
+    segmentation: bool = True
     resize: float = 1.0
     pad_rgb: tuple[int, ...] = (124, 116, 104)
     multiple: int = 1
@@ -68,7 +71,7 @@ def from_run(
     like = segmenter.abstract_variables(model, config.data.crop_size)
     step, variables = checkpoint.read_variables(workdir, like)
 
-    def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def apply(variables: Any, images: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         def network(x: jax.Array) -> Mapping[str, Any]:
             return model.apply(variables, x, train=False)  # type: ignore[return-value]
 
@@ -80,6 +83,7 @@ def from_run(
         model.offsets,
         classes,
         dict(config.refine),
+        model.segmentation,
         config.data.resize,
         tuple(config.data.pad_rgb),
     )

@@ -21,6 +21,7 @@ from dilaff_jax.data import contact_sheet, images
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import files
+from dilaff_jax.serving import foreign
 from dilaff_jax.serving.network import Network, from_run
 
 # Compiled programs that are kept; each belongs to one size of image.
@@ -47,12 +48,12 @@ class Geometry(NamedTuple):
 class Raw(NamedTuple):
     """What the network says of one image, before anything is refined or enlarged.
 
-    logits `[1, h, w, C]` and affinity_logits `[1, h', w', K]` (None without a head) cover the
-    geometry's canvas.
+    logits `[1, h, w, C]` (None without a segmentation) and affinity_logits `[1, h', w', K]` (None
+    without a head) cover the geometry's canvas.
     """
 
     geometry: Geometry
-    logits: jax.Array
+    logits: jax.Array | None
     affinity_logits: jax.Array | None
 
 
@@ -132,7 +133,7 @@ class Predictor:
         self.network = network
         self.resize = factor
         self._multiple = max(pad, network.multiple)
-        self.refine = propagate.operator(**network.refine)
+        self.operator = propagate.operator(**network.refine)
         self._programs = functools.lru_cache(maxsize=PROGRAMS)(self._compile)
 
     @property
@@ -165,14 +166,57 @@ class Predictor:
 
         Raises:
             DataError: the file is not a readable image.
-            UserError: the array is no such image.
+            UserError: the array is no such image; the model has no segmentation.
         """
+        if not self.network.segmentation:
+            raise UserError(
+                "this model is an affinity network by itself, without a segmentation; give it that "
+                "of another network: .refine(image, logits), --mode refine"
+            )
         if isinstance(image, list | tuple):
             return [self(one, refine=refine) for one in image]
         pixels = read_image(image)
         raw = self.infer(pixels)
         change = self.correction(raw) if refine and self.has_affinity else None
         return self.finish(pixels, raw, change)
+
+    def refine(
+        self,
+        image: ImageLike,
+        logits: Any,
+        *,
+        channels_first: bool = False,
+        align_corners: bool = False,
+    ) -> Result:
+        """Refines what another network says of an image, along the affinities of this one.
+
+        Args:
+            image: a file, or RGB uint8 `[H, W, 3]`.
+            logits: of the other network, `[h, w, C]` of any stride, floating point; NumPy, JAX or
+                torch; -inf where a class is never. (Probabilities p: their logarithm.)
+            channels_first: they are `[C, h, w]`.
+            align_corners: the other network enlarges them with corners aligned.
+
+        Returns:
+            The refined result; its `plain` is the other network's.
+
+        Raises:
+            DataError: the file is not a readable image.
+            UserError: logits that do not fit, or a model without affinities.
+        """
+        if not self.has_affinity:
+            raise UserError("this model has no affinity head, so it cannot refine")
+        pixels = read_image(image)
+        scores = foreign.one_image(logits, channels_first)
+        classes = foreign.classes(scores, self.network)
+        raw = self.infer(pixels)
+        if align_corners:
+            size = raw.geometry.original
+            scores = resize.bilinear_logits(scores, size, align_corners=True)
+        placed = foreign.on_canvas(scores, raw.geometry.scaled, raw.geometry.canvas)
+        change = self.correction(raw._replace(logits=placed), finite=False)
+        result = self.finish(pixels, raw._replace(logits=scores), change, own=False)
+        return dataclasses.replace(result, classes=classes)
 
     def infer(self, image: np.ndarray) -> Raw:
         """Runs the network alone on RGB uint8 `[H, W, 3]`."""
@@ -188,27 +232,36 @@ class Predictor:
         )
         return Raw(geometry, logits, affinity_logits)
 
-    def correction(self, raw: Raw, refine: propagate.Operator | None = None) -> jax.Array:
+    def correction(
+        self, raw: Raw, refine: propagate.Operator | None = None, *, finite: bool = True
+    ) -> jax.Array:
         """What propagation adds to the logits, `[1, *cells, C]` on the affinities' grid.
 
-        refine: an operator in place of the model's own.
+        refine: an operator in place of the model's own. finite: see `propagate.refine_logits`.
         """
+        assert raw.logits is not None
         assert raw.affinity_logits is not None
         assert self.network.offsets is not None
         return propagate.correction(
             raw.logits,
             raw.affinity_logits,
             self.network.offsets,
-            self.refine if refine is None else refine,
+            self.operator if refine is None else refine,
             raw.geometry.cells(raw.affinity_logits.shape[1:3]),
-            finite=True,
+            finite=finite,
         )
 
-    def finish(self, image: np.ndarray, raw: Raw, change: jax.Array | None) -> Result:
-        """Enlarges logits and correction to the image, and takes the likeliest class."""
+    def finish(
+        self, image: np.ndarray, raw: Raw, change: jax.Array | None, *, own: bool = True
+    ) -> Result:
+        """Enlarges logits and correction to the image, and takes the likeliest class.
+
+        own: the logits cover the canvas, as the network's own do; else the image.
+        """
         affinity_logits = raw.affinity_logits
+        assert raw.logits is not None
         grid = () if affinity_logits is None else affinity_logits.shape[1:3]
-        labels, plain, probs = _enlarge(raw.logits, change, raw.geometry, grid)
+        labels, plain, probs = _enlarge(raw.logits, change, raw.geometry, grid, own)
         if affinity_logits is not None:
             rows, columns = raw.geometry.cells(grid)
             affinity_logits = affinity_logits[0, :rows, :columns]
@@ -297,9 +350,13 @@ def read_image(image: ImageLike) -> np.ndarray:
     return pixels
 
 
-@functools.partial(jax.jit, static_argnames=("geometry", "grid"))
+@functools.partial(jax.jit, static_argnames=("geometry", "grid", "own"))
 def _enlarge(
-    logits: jax.Array, change: jax.Array | None, geometry: Geometry, grid: tuple[int, ...]
+    logits: jax.Array,
+    change: jax.Array | None,
+    geometry: Geometry,
+    grid: tuple[int, ...],
+    own: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Labels, unrefined labels `[B, H, W]`, probabilities `[B, H, W, C]`, at the original size."""
 
@@ -309,7 +366,10 @@ def _enlarge(
         inner = resize.bilinear(x, covered)[:, :rows, :columns]
         return resize.bilinear(inner, geometry.original)
 
-    scores = plain = fit(logits, geometry.canvas)
+    if own:
+        scores = plain = fit(logits, geometry.canvas)
+    else:
+        scores = plain = resize.bilinear_logits(logits, geometry.original)
     if change is not None:
         # Cells of a padded canvas are whole; of an unpadded one they are stretched to its size.
         covered = [n * c // g for n, c, g in zip(change.shape[1:3], geometry.canvas, grid)]  # noqa: B905

@@ -55,8 +55,8 @@ def refine(
     """
     offsets = affinity.offsets(dilations) if offsets is None else affinity.check_offsets(offsets)
     ndim = offsets.shape[1]
-    scores, give_back = _take("logits", logits)
-    edges, _ = _take("affinity_logits", affinity_logits)
+    scores, give_back = take("logits", logits)
+    edges, _ = take("affinity_logits", affinity_logits)
     if _kind(logits) != _kind(affinity_logits):
         raise TypeError(
             f"logits are of {_kind(logits)}, affinity_logits of {_kind(affinity_logits)}; give "
@@ -81,7 +81,7 @@ def _kind(x: Any) -> str:
     return "jax" if isinstance(x, jax.Array) else type(x).__module__.partition(".")[0]
 
 
-def _take(name: str, x: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+def take(name: str, x: Any) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
     """An array as JAX's, and the function that turns JAX's into its kind."""
     kind = _kind(x)
     if kind == "jax":

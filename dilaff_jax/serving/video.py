@@ -158,7 +158,9 @@ def clip_correction(predictor: Predictor, held: list[tuple[np.ndarray, Raw]]) ->
         own = propagate.per_offset(options.get("bias", 0.0), offsets)
         options["bias"] = jnp.concatenate([own, jnp.zeros(len(between))])
     # The logits cover the canvas and the affinities now only the image: bring them together first.
-    scores = propagate.resize.bilinear(jnp.concatenate([r.logits for r in raws]), grid)
+    scores = propagate.resize.bilinear(
+        jnp.concatenate([r.logits for r in raws if r.logits is not None]), grid
+    )
     return propagate.correction(
         scores[None, :, : cells[0], : cells[1]],
         jnp.concatenate([within, across], axis=-1)[None],
