@@ -13,25 +13,34 @@ from dilaff_jax.errors import UserError
 
 if TYPE_CHECKING:
     from dilaff_jax.serving.predictor import Predictor
+    from dilaff_jax.serving.writer import Options
 
 Config: TypeAlias = ml_collections.ConfigDict | None
 Mode: TypeAlias = Callable[[Config, pathlib.Path], object]
 
 TOPOLOGY = flags.DEFINE_string("topology", "auto", "preflight: a TPU slice such as v5e:4x4.")
-INPUT = flags.DEFINE_string("input", None, "predict, view: an image or a folder; or a video.")
-OUTPUT = flags.DEFINE_string("output", None, "predict: folder for labels, overlays and the rest.")
+INPUT = flags.DEFINE_string(
+    "input", None, "predict, view: an image or a folder; or a video. refine: an image or a folder."
+)
+OUTPUT = flags.DEFINE_string(
+    "output", None, "predict, refine: folder for labels, overlays and the rest."
+)
 MODEL = flags.DEFINE_string(
-    "model", None, "predict, view: an exported file, in place of --workdir."
+    "model", None, "predict, refine, view: an exported file, instead of --workdir."
 )
 PROPAGATION = flags.DEFINE_enum(
     "propagation",
     None,
     ["with", "without", "both"],
-    "predict: refine along the affinities; by default with, where the model has them.",
+    "predict, refine: refine along the affinities; by default with, where the model has them.",
 )
-OVERLAYS = flags.DEFINE_bool("overlays", True, "predict: write images with labels over them.")
-PROBS = flags.DEFINE_bool("probs", False, "predict: write class probabilities, as .npz.")
-EDGES = flags.DEFINE_bool("edges", False, "predict: write pictures of predicted class edges.")
+OVERLAYS = flags.DEFINE_bool(
+    "overlays", True, "predict, refine: write images with labels over them."
+)
+PROBS = flags.DEFINE_bool("probs", False, "predict, refine: write class probabilities, as .npz.")
+EDGES = flags.DEFINE_bool(
+    "edges", False, "predict, refine: write pictures of predicted class edges."
+)
 TEMPORAL = flags.DEFINE_bool("temporal", False, "predict: propagate videos in time too.")
 CHUNK = flags.DEFINE_integer(
     "chunk", 8, "predict --temporal: frames refined at a time; changes memory, not results."
@@ -39,11 +48,34 @@ CHUNK = flags.DEFINE_integer(
 PAD = flags.DEFINE_integer(
     "pad",
     1,
-    "predict: pad images to multiples of this (such as 64), so that similar sizes share one "
-    "compiled program; 1 for exact sizes.",
+    "predict, refine: pad images to multiples of this (such as 64), so that similar sizes share "
+    "one compiled program; 1 for exact sizes.",
 )
 RESIZE = flags.DEFINE_float(
-    "resize", None, "predict: factor by which images are scaled first; by default the training's."
+    "resize",
+    None,
+    "predict, refine: factor by which images are scaled first; by default the training's.",
+)
+LOGITS = flags.DEFINE_string(
+    "logits",
+    None,
+    "refine: folder with another network's result for each image: logits or probabilities as .npy "
+    "or .npz, or label maps.",
+)
+LAYOUT = flags.DEFINE_enum(
+    "layout",
+    None,
+    ["hwc", "chw"],
+    "refine: axes of the arrays, where the number of classes does not tell.",
+)
+ALIGN_CORNERS = flags.DEFINE_bool(
+    "align_corners", False, "refine: the other network enlarges its logits with corners aligned."
+)
+CONFIDENCE = flags.DEFINE_float(
+    "confidence", None, "refine: of label maps, the probability of the class that they name."
+)
+TRUTH = flags.DEFINE_string(
+    "truth", None, "refine: folder with a true label map for each image, for figures."
 )
 PORT = flags.DEFINE_integer("port", 8080, "view: of the local page.")
 
@@ -142,9 +174,43 @@ def predict(config: Config, workdir: pathlib.Path) -> None:
         raise UserError("--mode predict needs --input and --output")
     from dilaff_jax.runtime import files
     from dilaff_jax.serving import predict_files
+
+    options = _what_to_write()
+    summary = predict_files.predict(
+        load(config, workdir), files.local(INPUT.value, "--input"), options
+    )
+    print(summary)
+    if not summary.images:
+        sys.exit(1)
+
+
+def refine(config: Config, workdir: pathlib.Path) -> None:
+    """Refines what another network says of files."""
+    if not INPUT.value or not LOGITS.value or not OUTPUT.value:
+        raise UserError("--mode refine needs --input, --logits and --output")
+    from dilaff_jax.runtime import files
+    from dilaff_jax.serving import foreign_files, refine_files
+
+    truth = files.local(TRUTH.value, "--truth") if TRUTH.value else None
+    summary = refine_files.refine(
+        load(config, workdir),
+        files.local(INPUT.value, "--input"),
+        files.local(LOGITS.value, "--logits"),
+        _what_to_write(),
+        foreign_files.Form(
+            cast(foreign_files.Layout | None, LAYOUT.value), ALIGN_CORNERS.value, CONFIDENCE.value
+        ),
+        truth,
+    )
+    print(summary)
+
+
+def _what_to_write() -> "Options":
+    assert OUTPUT.value is not None
+    from dilaff_jax.runtime import files
     from dilaff_jax.serving.writer import Options, Propagation
 
-    options = Options(
+    return Options(
         files.local(OUTPUT.value, "--output"),
         cast(Propagation | None, PROPAGATION.value),
         OVERLAYS.value,
@@ -153,12 +219,6 @@ def predict(config: Config, workdir: pathlib.Path) -> None:
         TEMPORAL.value,
         CHUNK.value,
     )
-    summary = predict_files.predict(
-        load(config, workdir), files.local(INPUT.value, "--input"), options
-    )
-    print(summary)
-    if not summary.images:
-        sys.exit(1)
 
 
 def view(config: Config, workdir: pathlib.Path) -> None:
@@ -186,6 +246,7 @@ MODES: Mapping[str, Mode] = {
     "study": study,
     "preflight": preflight,
     "predict": predict,
+    "refine": refine,
     "view": view,
 }
 

@@ -24,7 +24,8 @@ MODE = flags.DEFINE_enum(
     list(commands.MODES),
     "train: train and evaluate. eval: evaluate the best state. ablate: compare arms over seeds. "
     "study: compare changes of the config. "
-    "predict: segment files. preflight: compile for a slice, say what it needs.",
+    "predict: segment files. refine: refine what another network says of files. "
+    "preflight: compile for a slice, say what it needs.",
 )
 
 

@@ -58,9 +58,9 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
         UserError: no image or video in it; options that the model cannot fulfil; the output would
             overwrite an input.
     """
-    options = _settled(options, predictor)
+    options = settled(options, predictor)
     files = find(source, options.output)
-    _check_targets(files, options)
+    check_targets(files, options)
     movies = {n: p for n, p in files.items() if p.suffix.lower() in SUFFIXES}
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"the output {options.output} is a file; give a folder")
@@ -69,7 +69,7 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
     options.output.mkdir(parents=True, exist_ok=True)
     write_classes(options.output, predictor.classes)
     summary = Summary(0, {}, unused(source, options.output))
-    stills = _by_size({n: p for n, p in files.items() if n not in movies})
+    stills = by_size({n: p for n, p in files.items() if n not in movies})
     with Writer(options) as writer:
         for name, path in tqdm(stills, unit="image", disable=not stills):
             with _reported(path, summary):
@@ -133,7 +133,7 @@ def _walk(source: pathlib.Path, output: pathlib.Path) -> Iterator[pathlib.Path]:
         yield from (pathlib.Path(parent, f) for f in sorted(files) if not folders.hidden(f))
 
 
-def _settled(options: Options, predictor: Predictor) -> Options:
+def settled(options: Options, predictor: Predictor) -> Options:
     """The options with the default that suits the model."""
     if not predictor.has_affinity:
         asked = {
@@ -150,7 +150,7 @@ def _settled(options: Options, predictor: Predictor) -> Options:
     return dataclasses.replace(options, propagation=chosen)
 
 
-def _check_targets(files: dict[str, pathlib.Path], options: Options) -> None:
+def check_targets(files: dict[str, pathlib.Path], options: Options) -> None:
     """Raises UserError if an input lies where outputs go, and might be overwritten."""
     for path in files.values():
         for folder in options.folders():
@@ -161,7 +161,7 @@ def _check_targets(files: dict[str, pathlib.Path], options: Options) -> None:
                 )
 
 
-def _by_size(files: dict[str, pathlib.Path]) -> list[tuple[str, pathlib.Path]]:
+def by_size(files: dict[str, pathlib.Path]) -> list[tuple[str, pathlib.Path]]:
     """Files of one size behind one another, so that each program is compiled once."""
     sizes = {name: _size(path) for name, path in files.items()}
     different = len(set(sizes.values()))

@@ -1,0 +1,195 @@
+"""Refinement of files: images, and what another network says of them; better results come out.
+
+OUTPUT holds what prediction writes (see `predict_files`), and refinement.json: what changed, and,
+where the truth is at hand, the figures before and after.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dilaff_jax import metrics
+from dilaff_jax.data import folders, images
+from dilaff_jax.data.images import DataError
+from dilaff_jax.errors import UserError
+from dilaff_jax.labels import IGNORE_LABEL
+from dilaff_jax.runtime import files, reporting
+from dilaff_jax.serving import foreign_files, predict_files
+from dilaff_jax.serving.foreign_files import ARRAYS, Form
+from dilaff_jax.serving.predictor import Predictor, Result, read_image
+from dilaff_jax.serving.video import SUFFIXES
+from dilaff_jax.serving.writer import Options, Writer, write_classes
+
+PLAIN, REFINED = "before", "after"
+_SUFFIXES = {s for suffix in folders.IMAGE_SUFFIXES for s in (suffix, suffix.upper())}
+_MAPS = (".png", ".bmp", ".tif", ".tiff")
+# Of the table: the figures that a person asks for first.
+_MAIN = {
+    "miou": "mean IoU",
+    "boundary_iou": "boundary IoU",
+    "boundary_f": "boundary F",
+    **{f"trimap_miou/{w:g}": f"trimap mIoU, {w:g} px" for w in metrics.WIDTHS},
+}
+
+
+@dataclasses.dataclass
+class Summary:
+    """images: that were refined. changed, pixels: how many. figures: {before, after}, or {}."""
+
+    images: int
+    changed: int
+    pixels: int
+    figures: dict[str, dict[str, float]]
+    transitions: dict[str, float]
+
+    def __str__(self) -> str:
+        share = self.changed / max(self.pixels, 1)
+        lines = [f"{self.images} images refined; {share:.2%} of {self.pixels:,} pixels changed"]
+        if self.figures:
+            rows = [
+                [title, *(f"{100 * self.figures[v][name]:.2f}" for v in (PLAIN, REFINED))]
+                for name, title in _MAIN.items()
+                if all(name in self.figures[v] for v in (PLAIN, REFINED))
+            ]
+            lines.append(reporting.table("per cent", ["", PLAIN, REFINED], rows))
+        return "\n".join(lines)
+
+
+def refine(
+    predictor: Predictor,
+    source: pathlib.Path,
+    results: pathlib.Path,
+    options: Options,
+    form: Form,
+    truth: pathlib.Path | None = None,
+    tolerance: float = 2.0,
+) -> Summary:
+    """Refines every image's result and writes what comes out; see `predict_files`.
+
+    Names and, for label maps, classes are compared before anything is written.
+
+    Args:
+        predictor: with affinities.
+        source: an image, or a folder of images.
+        results: a folder with a file of the same name for each; see `foreign_files`.
+        options: what to write, and where.
+        form: of the results; its number of classes is that of the model where that has a
+            segmentation of its own.
+        truth: a folder with a label map of the same name for each, for the figures.
+        tolerance: of the boundary F-score, in pixels.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        DataError: a file that cannot be used.
+        UserError: names that do not match, options that cannot be.
+    """
+    if not predictor.has_affinity:
+        raise UserError("this model has no affinity head, so it cannot refine")
+    if options.propagation == "without":
+        raise UserError("--mode refine refines: give --propagation=with or both")
+    options = predict_files.settled(options, predictor)
+    pictures = predict_files.find(source, options.output)
+    clips = [path.name for path in pictures.values() if path.suffix.lower() in SUFFIXES]
+    if clips:
+        raise UserError(f"{', '.join(clips[:3])}: a video; give its frames as images")
+    names: dict[str, pathlib.Path] = {}
+    for name, path in pictures.items():
+        if names.setdefault(_stem(name), path) != path:
+            raise UserError(f"{names[_stem(name)]} and {path} have one name; rename one of them")
+    given = foreign_files.find(results, names, "result", (*ARRAYS, *_MAPS))
+    masks = foreign_files.find(truth, names, "label map", _MAPS) if truth else {}
+    predict_files.check_targets(pictures | {f"result {k}": v for k, v in given.items()}, options)
+    form = dataclasses.replace(form, num_classes=_num_classes(predictor, given, form))
+    options.output.mkdir(parents=True, exist_ok=True)
+    counts, changed, pixels, classes = None, 0, 0, None
+    with Writer(options) as writer:
+        for name, path in tqdm(predict_files.by_size(pictures), unit="image"):
+            result = _refined(predictor, path, given[_stem(name)], form)
+            if classes is None:
+                classes = result.classes
+                write_classes(options.output, classes)
+            form = dataclasses.replace(form, num_classes=len(classes.names))
+            writer.put(name, result)
+            changed += int((result.labels != result.plain).sum())
+            pixels += result.labels.size
+            if truth:
+                new = _counts(result, masks[_stem(name)], tolerance)
+                counts = metrics.add(new, *([counts] if counts else []))
+    figures, transitions = {}, {}
+    if counts and classes:
+        figures = {v: _figures(counts[v], classes.names) for v in (PLAIN, REFINED)}
+        transitions = metrics.transition_summary(counts["transitions"], class_names=classes.names)
+    summary = Summary(len(pictures), changed, pixels, figures, transitions)
+    content = dataclasses.asdict(summary) | {"operator": dict(predictor.network.refine)}
+    files.write_text(options.output / "refinement.json", files.json_text(content, indent=1) + "\n")
+    return summary
+
+
+def _stem(name: str) -> str:
+    """A name of `predict_files.find` without the suffix that it keeps where names collide."""
+    path = pathlib.PurePosixPath(name)
+    return path.with_suffix("").as_posix() if path.suffix in _SUFFIXES else name
+
+
+def _num_classes(predictor: Predictor, given: Mapping[str, pathlib.Path], form: Form) -> int:
+    """Classes of the results; 0 where the first array says it.
+
+    An affinity network by itself takes any. Of label maps nobody says how many classes there are:
+    those of the network, or as many as the highest value of all asks for.
+    """
+    own = len(predictor.classes.names)
+    if predictor.network.segmentation:
+        return own
+    maps = [path for path in given.values() if path.suffix.lower() not in ARRAYS]
+    if not maps:
+        return 0 if form.layout else own
+    highest = -1
+    for path in tqdm(maps, desc="classes of the label maps", unit="file", leave=False):
+        values = np.unique(images.load_label(path))
+        highest = max(highest, *values[values < 255].tolist(), -1)
+    return max(own, highest + 1)
+
+
+def _refined(predictor: Predictor, image: pathlib.Path, result: pathlib.Path, form: Form) -> Result:
+    pixels = read_image(image)
+    logits = foreign_files.read(result, form, pixels.shape[:2])
+    try:
+        return predictor.refine(pixels, logits, align_corners=form.align_corners)
+    except UserError as error:
+        raise DataError(f"{result}: {error}") from error
+
+
+def _counts(result: Result, mask: pathlib.Path, tolerance: float) -> dict[str, Any]:
+    """What is counted of one image, in the form of `metrics`."""
+    truth, number = images.load_label(mask), len(result.classes.names)
+    if truth.shape != result.labels.shape:
+        raise DataError(
+            f"{mask}: {truth.shape[0]} x {truth.shape[1]} pixels; its image has "
+            f"{result.labels.shape[0]} x {result.labels.shape[1]}"
+        )
+    try:
+        # First, for it checks what the others take as it is.
+        transitions = metrics.transitions(result.plain, result.labels, truth, number)
+        counts: dict[str, Any] = {
+            name: {
+                "confusion": metrics.host_confusion(labels, truth, number, truth != IGNORE_LABEL),
+                "iou": metrics.boundary_iou(labels, truth, number),
+                "f": metrics.boundary_f(labels, truth, number, tolerance),
+                "trimaps": metrics.trimap(labels, truth, number),
+            }
+            for name, labels in ((PLAIN, result.plain), (REFINED, result.labels))
+        }
+        counts["transitions"] = transitions
+    except UserError as error:
+        raise DataError(f"{mask}: {error}") from error
+    return counts
+
+
+def _figures(counts: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
+    own = dict(counts)
+    regions = metrics.segmentation_summary(own.pop("confusion"), names)
+    return regions | metrics.boundary_summary(**own)
