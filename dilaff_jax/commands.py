@@ -12,6 +12,8 @@ from absl import app, flags
 from dilaff_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from dilaff_jax.runtime.refinement import Use
+    from dilaff_jax.serving.foreign_files import Form
     from dilaff_jax.serving.predictor import Predictor
     from dilaff_jax.serving.writer import Options
 
@@ -20,7 +22,9 @@ Mode: TypeAlias = Callable[[Config, pathlib.Path], object]
 
 TOPOLOGY = flags.DEFINE_string("topology", "auto", "preflight: a TPU slice such as v5e:4x4.")
 INPUT = flags.DEFINE_string(
-    "input", None, "predict, view: an image or a folder; or a video. refine: an image or a folder."
+    "input",
+    None,
+    "predict, view: an image or a folder; or a video. refine, fit: an image or a folder.",
 )
 OUTPUT = flags.DEFINE_string(
     "output", None, "predict, refine: folder for labels, overlays and the rest."
@@ -59,24 +63,37 @@ RESIZE = flags.DEFINE_float(
 LOGITS = flags.DEFINE_string(
     "logits",
     None,
-    "refine: folder with another network's result for each image: logits or probabilities as .npy "
-    "or .npz, or label maps.",
+    "refine, fit: folder with another network's result for each image: logits or probabilities "
+    "as .npy or .npz, or label maps.",
 )
 LAYOUT = flags.DEFINE_enum(
     "layout",
     None,
     ["hwc", "chw"],
-    "refine: axes of the arrays, where the number of classes does not tell.",
+    "refine, fit: axes of the arrays, where the number of classes does not tell.",
 )
 ALIGN_CORNERS = flags.DEFINE_bool(
-    "align_corners", False, "refine: the other network enlarges its logits with corners aligned."
+    "align_corners",
+    False,
+    "refine, fit: the other network enlarges its logits with corners aligned.",
 )
 CONFIDENCE = flags.DEFINE_float(
-    "confidence", None, "refine: of label maps, the probability of the class that they name."
+    "confidence", None, "refine, fit: of label maps, the probability of the class that they name."
 )
 TRUTH = flags.DEFINE_string(
-    "truth", None, "refine: folder with a true label map for each image, for figures."
+    "truth", None, "refine, fit: folder with a true label map for each image, for figures."
 )
+REFINE = flags.DEFINE_enum(
+    "refine",
+    "fitted",
+    ["fitted", "config", "none"],
+    "eval, predict, refine, view: the refinement that --mode fit wrote, where it did; or the "
+    "config's, or none.",
+)
+SPLIT = flags.DEFINE_string(
+    "split", "", "fit: of the run's data; by default held_out, or the one that is evaluated."
+)
+CRITERION = flags.DEFINE_string("criterion", "", "fit: by default config.ablate.criterion.")
 PORT = flags.DEFINE_integer("port", 8080, "view: of the local page.")
 
 
@@ -141,7 +158,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     config = _start(config, workdir)
     from dilaff_jax import evaluate
 
-    evaluate.evaluate_run(config, workdir)
+    evaluate.evaluate_run(config, workdir, _refinement())
 
 
 def ablate(config: Config, workdir: pathlib.Path) -> None:
@@ -189,7 +206,7 @@ def refine(config: Config, workdir: pathlib.Path) -> None:
     if not INPUT.value or not LOGITS.value or not OUTPUT.value:
         raise UserError("--mode refine needs --input, --logits and --output")
     from dilaff_jax.runtime import files
-    from dilaff_jax.serving import foreign_files, refine_files
+    from dilaff_jax.serving import refine_files
 
     truth = files.local(TRUTH.value, "--truth") if TRUTH.value else None
     summary = refine_files.refine(
@@ -197,9 +214,7 @@ def refine(config: Config, workdir: pathlib.Path) -> None:
         files.local(INPUT.value, "--input"),
         files.local(LOGITS.value, "--logits"),
         _what_to_write(),
-        foreign_files.Form(
-            cast(foreign_files.Layout | None, LAYOUT.value), ALIGN_CORNERS.value, CONFIDENCE.value
-        ),
+        _form(),
         truth,
     )
     print(summary)
@@ -219,6 +234,28 @@ def _what_to_write() -> "Options":
         TEMPORAL.value,
         CHUNK.value,
     )
+
+
+def fit(config: Config, workdir: pathlib.Path) -> None:
+    """Chooses the refinement on images that were not trained on."""
+    if workdir == pathlib.Path():
+        raise UserError("--mode fit needs --workdir, a run")
+    from dilaff_jax.ablation import fit, foreign_outputs
+    from dilaff_jax.runtime import files
+
+    if not fit.has_inputs(INPUT.value, LOGITS.value, TRUTH.value):
+        fit.fit_run(config, workdir, SPLIT.value, CRITERION.value)
+        return
+    flagged = {"--input": INPUT.value, "--logits": LOGITS.value, "--truth": TRUTH.value}
+    paths = [files.local(value or "", flag) for flag, value in flagged.items()]
+    fit.fit_files(config, workdir, foreign_outputs.Inputs(*paths), _form(), CRITERION.value)
+
+
+def _form() -> "Form":
+    from dilaff_jax.serving.foreign_files import Form, Layout
+
+    layout = cast(Layout | None, LAYOUT.value)
+    return Form(layout, ALIGN_CORNERS.value, CONFIDENCE.value)
 
 
 def view(config: Config, workdir: pathlib.Path) -> None:
@@ -247,8 +284,13 @@ MODES: Mapping[str, Mode] = {
     "preflight": preflight,
     "predict": predict,
     "refine": refine,
+    "fit": fit,
     "view": view,
 }
+
+
+def _refinement() -> "Use":
+    return cast("Use", REFINE.value)
 
 
 def load(config: Config, workdir: pathlib.Path, resize: float | None = None) -> "Predictor":
@@ -265,4 +307,4 @@ def load(config: Config, workdir: pathlib.Path, resize: float | None = None) -> 
     path = pathlib.Path(MODEL.value) if MODEL.value else workdir
     parallel.local_devices()  # before anything else asks JAX, which says less
     factor = resize if RESIZE.value is None else RESIZE.value
-    return predictor.load(path, config=config, pad=PAD.value, resize=factor)
+    return predictor.load(path, config=config, refine=_refinement(), pad=PAD.value, resize=factor)

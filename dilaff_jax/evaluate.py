@@ -25,6 +25,7 @@ from dilaff_jax.eval_step import PLAIN, REFINED, EvalStep
 from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import checkpoint, files, reporting
+from dilaff_jax.runtime import refinement as refinement_lib
 from dilaff_jax.runtime.parallel import AXIS, Devices, sum_over_processes
 
 
@@ -230,8 +231,17 @@ def check_best_metric(name: str, class_names: Sequence[str], model: segmenter.Se
         )
 
 
-def evaluate_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Results:
+def evaluate_run(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    refinement: refinement_lib.Use = "fitted",
+) -> Results:
     """Evaluates the best state of a run (the latest, if none was evaluated), prints the table.
+
+    Args:
+        config: the whole config.
+        workdir: of the run.
+        refinement: which is evaluated, see `runtime.refinement.chosen`.
 
     Raises:
         FileNotFoundError: `workdir` holds no checkpoint.
@@ -244,10 +254,17 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Re
     model = segmenter.build(segmenter.config_of_run(config), source.num_classes, axis_name=AXIS)
     like = segmenter.abstract_variables(model, config.data.crop_size)
     step, variables = checkpoint.read_variables(workdir, like)
+    refine = refinement_lib.chosen(workdir, config.refine, step, refinement)
+    if refine != dict(config.refine):
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.refine = ml_collections.ConfigDict(refine)
     results = Evaluation(config, model, devices, workdir, source)(variables, step)
     if jax.process_index() == 0:
         print(results.table)
         print(f"step {step}; figures and pictures: {result_folder(workdir, step)}")
+        if model.offsets is not None:
+            print(f"refined by {refine}")
     return results
 
 

@@ -324,7 +324,10 @@ def test_the_smaller_gain_buys_neither_figure_with_the_other():
     miou = {0: (0.5, 0.7), 1: (0.6, 0.8), 2: (0.5, 0.74), 3: (0.7, 0.5)}
     border = {0: (0.4, 0.4), 1: (0.36, 0.4), 2: (0.4, 0.46), 3: (0.7, 0.7)}
     seeds = [
-        {c.key: {"miou": miou[n][s], "boundary_f": border[n][s]} for n, c in enumerate(grid)}
+        {
+            c.key: {"miou": miou[n][s], "boundary_f": border[n][s], "trimap_miou": 1 - miou[n][s]}
+            for n, c in enumerate(grid)
+        }
         for s in (0, 1)
     ]
     found = selection.choose(grid, seeds, "smaller_gain", 1)
@@ -332,11 +335,13 @@ def test_the_smaller_gain_buys_neither_figure_with_the_other():
     assert found.chosen == grid[2]
     assert selection.choose(grid, seeds, "miou", 1).chosen == grid[1]
     assert selection.choose(grid, seeds, "miou+boundary_f", 1).chosen == grid[3]
+    assert selection.choose(grid, seeds, "boundary_f", 1).chosen == grid[3]
+    assert selection.choose(grid, seeds, "trimap_miou", 1).chosen == grid[0]
 
 
 def test_equals_go_to_the_earlier_so_that_doing_nothing_wins():
     both = [operators.IDENTITY, Candidate("signed", (("steps", 0),))]
-    scores = {c.key: {"miou": 0.5, "boundary_f": 0.5} for c in both}
+    scores = {c.key: dict.fromkeys(selection.FIGURES, 0.5) for c in both}
     assert selection.choose(both, [scores], "miou", 1).chosen == operators.IDENTITY
 
 
@@ -454,7 +459,8 @@ def test_the_quick_count_is_that_of_the_metrics(tolerance):
     truth, prediction, _ = maps(1)
     truth[3] = 2  # an image without any boundary
     for p, t in zip(prediction, truth, strict=True):
-        confusion, pixels = counts.Truth(t, 4, tolerance).count(p.astype(np.uint8))
+        confusion, pixels, band = counts.Truth(t, 4, tolerance).count(p.astype(np.uint8))
+        np.testing.assert_array_equal(band, metrics.trimap(p, t, 4, (counts.TRIMAP,))[0])
         np.testing.assert_array_equal(confusion, metrics.confusion(p, t, 4))
         np.testing.assert_array_equal(pixels, metrics.boundary_f(p, t, 4, tolerance).pixels)
 

@@ -11,7 +11,7 @@ from dilaff_jax.schema import Key, Rule
 
 # In the order in which they are reported. "refined" is "joint" and propagation, never trained.
 ARMS = ("baseline", "joint", "refined", "aaf")
-CRITERIA = ("miou", "miou+boundary_f", "smaller_gain")
+CRITERIA = ("miou", "boundary_f", "trimap_miou", "miou+boundary_f", "smaller_gain")
 RIVALS = ("dense_crf", "pamr")
 
 
@@ -49,9 +49,9 @@ KEYS: schema.Section = {
     "criterion": Key(
         "miou",
         schema.choice(*CRITERIA),
-        "Of the selection, averaged over seeds: `miou`, `miou+boundary_f` (the mean of both) or "
-        "`smaller_gain` (the smaller of both gains over doing nothing, which buys neither with "
-        "the other).",
+        "Of the selection, averaged over seeds: `miou`, `boundary_f`, `trimap_miou` (within 8 "
+        "pixels of true boundaries), `miou+boundary_f` (the mean of both) or `smaller_gain` "
+        "(the smaller of both gains over doing nothing, which buys neither with the other).",
     ),
     # The bias that was fitted calibrates and smooths most; nearer to 0, more of the edges that the
     # head predicts are kept.

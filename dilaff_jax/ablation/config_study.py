@@ -202,8 +202,8 @@ def table(result: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            *(said(row["plain"], f) for f in selection.FIGURES),
-            *(said(row.get("refined"), f) for f in selection.FIGURES),
+            *(said(row["plain"], f) for f in ("miou", "boundary_f")),
+            *(said(row.get("refined"), f) for f in ("miou", "boundary_f")),
             said(row.get("affinity"), "mean/average_precision"),
             row.get("refined", {}).get("operator", "-"),
         ]

@@ -48,6 +48,10 @@ def _sides(confusion: np.ndarray) -> np.ndarray:
     return np.stack([np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)], axis=1)
 
 
+# The width of the band of the quick count's trimap, in pixels.
+TRIMAP = 8
+
+
 class Truth:
     """Labels of one image, prepared for the quick count that the search for operators makes.
 
@@ -63,10 +67,11 @@ class Truth:
         distance = metrics.boundary_distance(label)
         self._boundary = (distance == 0) & self._labelled
         self._near = distance <= tolerance
+        self._band = self._labelled & (distance < TRIMAP)
         self._disc = _disc(tolerance)
 
-    def count(self, pred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Confusion matrix `[C, C]`, and `metrics.boundary_f(...).pixels` `[4]`.
+    def count(self, pred: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Confusion matrix `[C, C]`, `metrics.boundary_f(...).pixels` `[4]`, and the trimap's.
 
         A hundred times as fast as the trees of `metrics.boundary_f`, as the truth's distances are
         known and whole pixels within the tolerance form a disc.
@@ -76,7 +81,8 @@ class Truth:
         counted = boundary & self._labelled
         pairs = (counted, counted & self._near, self._boundary, self._boundary & near)
         confusion = metrics.host_confusion(pred, self._label, self._num_classes, self._labelled)
-        return confusion, np.array([p.sum() for p in pairs])
+        band = metrics.host_confusion(pred, self._label, self._num_classes, self._band)
+        return confusion, np.array([p.sum() for p in pairs]), band
 
 
 @functools.cache
@@ -122,11 +128,12 @@ def figures(
     return values | {f"iou/{name}": ious[:, c] for c, name in enumerate(class_names)}
 
 
-def quick_figures(confusion: np.ndarray, pixels: np.ndarray) -> dict[str, float]:
-    """MIoU and boundary F of sums of `Truth.count`."""
+def quick_figures(confusion: np.ndarray, pixels: np.ndarray, band: np.ndarray) -> dict[str, float]:
+    """MIoU, boundary F and trimap mIoU of sums of `Truth.count`."""
     return {
         "miou": float(metrics.mean(_ious(_sides(confusion)))),
         "boundary_f": float(metrics.f_score(pixels.astype(np.float64))),
+        "trimap_miou": float(metrics.mean(_ious(_sides(band)))),
     }
 
 

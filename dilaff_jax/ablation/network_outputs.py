@@ -77,8 +77,13 @@ class Batch:
     affinity_logits: np.ndarray | None
 
 
-def compute(run: arms.Run, split: str) -> Outputs:
+def compute(run: arms.Run, split: str, *, best: bool = False) -> Outputs:
     """Reads the outputs of a run on a split, or computes and keeps them.
+
+    Args:
+        run: that is complete.
+        split: of its data set.
+        best: of its best state, as prediction takes it, instead of its last.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
@@ -88,12 +93,15 @@ def compute(run: arms.Run, split: str) -> Outputs:
     source = _source(ml_collections.FrozenConfigDict(config.data), split)
     size = pipeline.eval_size(config.data, source)
     model = segmenter.build(segmenter.config_of_run(config), source.num_classes, axis_name=AXIS)
-    folder = run.workdir / "analysis" / split.replace("/", "_")
+    folder = run.workdir / "analysis" / (split.replace("/", "_") + "-best" * best)
     about = _about(run, split, source, size)
+    variables = None
+    if best:
+        about["step"], variables = _variables(run, model, best=True)
     if cache.read(folder / "about.json", about) is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        fill(folder, run, split, model, source)
+        fill(folder, run, split, model, source, variables or _variables(run, model)[1])
         cache.write(folder / "about.json", about, True)
     file = folder / "edges.npy"
     return Outputs(
@@ -133,12 +141,13 @@ def fill(
     split: str,
     model: segmenter.Segmenter,
     source: datasets.Source,
+    variables: Mapping[str, Any],
 ) -> None:
     """Runs the network over the split, writing as it goes."""
     config = run.config
     devices = Devices(config.parallel.mode, config.parallel.devices)
     program = devices.map(_program(model, config.inference), out="sharded")
-    variables = devices.replicate(_variables(run, model))
+    variables = devices.replicate(dict(variables))
     rows = -(-config.eval.batch_size // devices.total) * devices.total
     files: dict[str, np.ndarray] = {}
     bar = tqdm(total=len(source), desc=f"outputs of {run} on {split}", unit="image")
@@ -159,12 +168,14 @@ def fill(
     jax.clear_caches()  # the network's program is done with
 
 
-def _variables(run: arms.Run, model: segmenter.Segmenter) -> dict[str, Any]:
+def _variables(
+    run: arms.Run, model: segmenter.Segmenter, *, best: bool = False
+) -> tuple[int, dict[str, Any]]:
     like = segmenter.abstract_variables(model, run.config.data.crop_size)
-    step, variables = checkpoint.read_variables(run.workdir, like, latest=True)
-    if step != run.config.num_steps:
+    step, variables = checkpoint.read_variables(run.workdir, like, latest=not best)
+    if not best and step != run.config.num_steps:
         raise UserError(f"{run.workdir} ends at step {step} of {run.config.num_steps}; train it")
-    return variables
+    return step, variables
 
 
 def _program(

@@ -13,7 +13,7 @@ from dilaff_jax.ablation.network_outputs import Outputs
 from dilaff_jax.ablation.operators import Candidate
 
 Scores = dict[str, dict[str, float]]
-FIGURES = ("miou", "boundary_f")
+FIGURES = ("miou", "boundary_f", "trimap_miou")
 
 
 @dataclasses.dataclass
@@ -50,16 +50,15 @@ def choose(
         parts = [[s[name] for s in of_seeds] for name in FIGURES]
         means = [float(np.mean(part)) for part in parts]
         score = {
-            "miou": means[0],
-            "miou+boundary_f": float(np.mean(means)),
-            "smaller_gain": float(np.min(np.subtract(means, plain))),
+            **dict(zip(FIGURES, means, strict=True)),
+            "miou+boundary_f": float(np.mean(means[:2])),
+            "smaller_gain": float(np.min(np.subtract(means, plain)[:2])),
         }[criterion]
         table.append(
             {
                 "operator": candidate.operator,
                 "options": dict(candidate.options),
-                "miou": parts[0],
-                "boundary_f": parts[1],
+                **dict(zip(FIGURES, parts, strict=True)),
                 "score": score,
             }
         )
@@ -80,7 +79,7 @@ def fit_bias(outputs: Outputs, rows: int) -> np.ndarray:
 def sweep(
     outputs: Outputs, grid: Sequence[Candidate], bias: np.ndarray, rows: int, tolerance: float
 ) -> Scores:
-    """MIoU and boundary F of every candidate of propagation: {key: {miou, boundary_f}}."""
+    """The `FIGURES` of every candidate of propagation: {key: {figure: value}}."""
     about = {"outputs": outputs.about, "bias": bias.tolist(), "tolerance": tolerance}
 
     def run(group: Sequence[Candidate]) -> Iterable[tuple[Candidate, int, np.ndarray]]:
@@ -120,7 +119,7 @@ def sweep_rival(
 def plain_scores(
     outputs: Outputs, maps: Sequence[np.ndarray], tolerance: float
 ) -> dict[str, float]:
-    """MIoU and boundary F of the maps of `scoring.plain_maps`."""
+    """The `FIGURES` of the maps of `scoring.plain_maps`."""
     counted = [
         counts.Truth(example["label"], outputs.source.num_classes, tolerance).count(map_)
         for example, map_ in zip(
@@ -147,6 +146,7 @@ def _sweep(
 ) -> Scores:
     """Scores what is not scored yet, and keeps the scores group by group."""
     path = outputs.folder / f"scores-{name}.json"
+    about = {**about, "figures": list(FIGURES)}
     scores: Scores = cache.read(path, about) or {}
     todo = [left for g in groups if (left := [c for c in g if c.key not in scores])]
     if not todo:

@@ -115,6 +115,13 @@ def read(path: pathlib.Path, form: Form, size: tuple[int, int]) -> np.ndarray:
     return logits
 
 
+def count_classes(path: pathlib.Path, form: Form) -> int:
+    """How many classes an array is of; 0 where nobody says which axis is theirs."""
+    if form.layout is None:
+        return 0
+    return _array(path).shape[-1 if form.layout == "hwc" else 0]
+
+
 def _array(path: pathlib.Path) -> np.ndarray:
     try:
         content = np.load(path, allow_pickle=False)

@@ -14,6 +14,7 @@ from dilaff_jax.data.class_list import Classes, read_classes
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter, test_time
 from dilaff_jax.runtime import checkpoint
+from dilaff_jax.runtime import refinement as refinement_lib
 
 # (variables, images [B, H, W, 3]) to logits [B, h, w, C] and affinity logits [B, h', w', K]; None
 # for what the network has not.
@@ -52,13 +53,16 @@ class Network:
 
 
 def from_run(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict | None = None
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict | None = None,
+    refinement: refinement_lib.Use = "fitted",
 ) -> tuple[Network, segmenter.Segmenter, int]:
     """Returns the network of a run's best (else latest) state, its model, and the step.
 
     Args:
         workdir: of the run.
         config: None for the one the run was made with, WORKDIR/config.json.
+        refinement: which is used, see `runtime.refinement.chosen`.
 
     Raises:
         FileNotFoundError: `workdir` holds no run.
@@ -82,7 +86,7 @@ def from_run(
         variables,
         model.offsets,
         classes,
-        dict(config.refine),
+        refinement_lib.chosen(workdir, config.refine, step, refinement),
         model.segmentation,
         config.data.resize,
         tuple(config.data.pad_rgb),

@@ -21,6 +21,7 @@ from dilaff_jax.data import contact_sheet, images
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import files
+from dilaff_jax.runtime.refinement import Use
 from dilaff_jax.serving import foreign
 from dilaff_jax.serving.network import Network, from_run
 
@@ -300,7 +301,7 @@ def load(
     path: str | os.PathLike,
     *,
     config: ml_collections.ConfigDict | None = None,
-    refine: Mapping[str, Any] | None = None,
+    refine: Mapping[str, Any] | Use = "fitted",
     pad: int = 1,
     resize: float | None = None,
 ) -> Predictor:
@@ -309,7 +310,8 @@ def load(
     Args:
         path: a run's workdir, or a file that `dilaff_jax.export` wrote.
         config: in place of the workdir's config.json.
-        refine: keyword arguments of `propagate.operator`, in place of the run's own.
+        refine: "fitted" for what `--mode fit` wrote, where it did, else the config's; "config" for
+            the config's; "none"; or keyword arguments of `propagate.operator`.
         pad: see `Predictor`.
         resize: see `Predictor`.
 
@@ -323,10 +325,13 @@ def load(
 
         network = exported.read(path)
     elif path.is_dir():
-        network = from_run(path, config)[0]
+        # Arguments of one's own need nothing that was fitted.
+        network = from_run(path, config, refine if isinstance(refine, str) else "config")[0]
     else:
         raise FileNotFoundError(f"{path} does not exist; give a run's workdir or an exported file")
-    if refine is not None:
+    if refine == "none":
+        refine = {"name": "identity"}
+    if not isinstance(refine, str):
         network = dataclasses.replace(network, refine=dict(refine))
     return Predictor(network, pad=pad, resize=resize)
 

@@ -20,13 +20,15 @@ from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.runtime import files, reporting
 from dilaff_jax.serving import foreign_files, predict_files
 from dilaff_jax.serving.foreign_files import ARRAYS, Form
+from dilaff_jax.serving.network import Network
 from dilaff_jax.serving.predictor import Predictor, Result, read_image
 from dilaff_jax.serving.video import SUFFIXES
 from dilaff_jax.serving.writer import Options, Writer, write_classes
 
 PLAIN, REFINED = "before", "after"
 _SUFFIXES = {s for suffix in folders.IMAGE_SUFFIXES for s in (suffix, suffix.upper())}
-_MAPS = (".png", ".bmp", ".tif", ".tiff")
+MAP_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+RESULT_SUFFIXES = (*ARRAYS, *MAP_SUFFIXES)
 # Of the table: the figures that a person asks for first.
 _MAIN = {
     "miou": "mean IoU",
@@ -96,14 +98,11 @@ def refine(
     clips = [path.name for path in pictures.values() if path.suffix.lower() in SUFFIXES]
     if clips:
         raise UserError(f"{', '.join(clips[:3])}: a video; give its frames as images")
-    names: dict[str, pathlib.Path] = {}
-    for name, path in pictures.items():
-        if names.setdefault(_stem(name), path) != path:
-            raise UserError(f"{names[_stem(name)]} and {path} have one name; rename one of them")
-    given = foreign_files.find(results, names, "result", (*ARRAYS, *_MAPS))
-    masks = foreign_files.find(truth, names, "label map", _MAPS) if truth else {}
+    names = by_stem(pictures)
+    given = foreign_files.find(results, names, "result", RESULT_SUFFIXES)
+    masks = foreign_files.find(truth, names, "label map", MAP_SUFFIXES) if truth else {}
     predict_files.check_targets(pictures | {f"result {k}": v for k, v in given.items()}, options)
-    form = dataclasses.replace(form, num_classes=_num_classes(predictor, given, form))
+    form = dataclasses.replace(form, num_classes=num_classes(predictor.network, given, form))
     options.output.mkdir(parents=True, exist_ok=True)
     counts, changed, pixels, classes = None, 0, 0, None
     with Writer(options) as writer:
@@ -112,7 +111,6 @@ def refine(
             if classes is None:
                 classes = result.classes
                 write_classes(options.output, classes)
-            form = dataclasses.replace(form, num_classes=len(classes.names))
             writer.put(name, result)
             changed += int((result.labels != result.plain).sum())
             pixels += result.labels.size
@@ -135,18 +133,28 @@ def _stem(name: str) -> str:
     return path.with_suffix("").as_posix() if path.suffix in _SUFFIXES else name
 
 
-def _num_classes(predictor: Predictor, given: Mapping[str, pathlib.Path], form: Form) -> int:
-    """Classes of the results; 0 where the first array says it.
+def by_stem(pictures: Mapping[str, pathlib.Path]) -> dict[str, pathlib.Path]:
+    """Images by the names that their results have: without suffix. Raises UserError for doubles."""
+    names: dict[str, pathlib.Path] = {}
+    for name, path in pictures.items():
+        if names.setdefault(_stem(name), path) != path:
+            raise UserError(f"{names[_stem(name)]} and {path} have one name; rename one of them")
+    return names
 
-    An affinity network by itself takes any. Of label maps nobody says how many classes there are:
-    those of the network, or as many as the highest value of all asks for.
+
+def num_classes(network: Network, given: Mapping[str, pathlib.Path], form: Form) -> int:
+    """Classes of the results.
+
+    An affinity network by itself takes any: as many as the first array has, where its layout is
+    known. Of label maps nobody says how many classes there are: those of the network, or as many as
+    the highest value of all asks for.
     """
-    own = len(predictor.classes.names)
-    if predictor.network.segmentation:
+    own = len(network.classes.names)
+    if network.segmentation:
         return own
     maps = [path for path in given.values() if path.suffix.lower() not in ARRAYS]
     if not maps:
-        return 0 if form.layout else own
+        return foreign_files.count_classes(next(iter(given.values())), form) or own
     highest = -1
     for path in tqdm(maps, desc="classes of the label maps", unit="file", leave=False):
         values = np.unique(images.load_label(path))

@@ -1,0 +1,194 @@
+"""The refinement that suits a trained network, chosen on images it was not trained on.
+
+    python -m dilaff_jax.main --mode fit --workdir W --split held_out
+    python -m dilaff_jax.main --mode fit --workdir W --input IMAGES --logits RESULTS --truth LABELS
+
+The bias per dilation is fitted to calibrate the affinities; operator, steps, strength and repulsion
+are the best of `config.ablate.grid`, which doing nothing is part of. WORKDIR/refine.json then holds
+the choice, all that was to choose from, and what on; evaluation, prediction, refinement, the viewer
+and the exports of that workdir use it.
+"""
+
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from dilaff_jax import affinity, metrics, schema
+from dilaff_jax.ablation import ablate_config, arms, foreign_outputs, network_outputs, operators
+from dilaff_jax.ablation import selection as selection_lib
+from dilaff_jax.ablation.network_outputs import Outputs
+from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import provenance, refinement, reporting
+from dilaff_jax.serving import network
+from dilaff_jax.serving.foreign_files import Form
+
+# How many candidates of the table are printed.
+_SHOWN = 5
+
+
+def fit_run(
+    config: ml_collections.ConfigDict | None,
+    workdir: pathlib.Path,
+    split: str = "",
+    criterion: str = "",
+) -> dict[str, Any]:
+    """Fits the refinement of a run to its own segmentation; writes and returns refine.json.
+
+    Args:
+        config: whose `ablate` has grid and criterion; None for the run's own.
+        workdir: of the run.
+        split: of its data set; "" for `held_out` where the run held images out, else its
+            evaluation split.
+        criterion: one of `ablate_config.CRITERIA`; "" for the config's.
+
+    Raises:
+        FileNotFoundError: no such run.
+        UserError: no segmentation or no affinities to fit; a split that was trained on.
+    """
+    trained = network.read_config(workdir)
+    config, criterion = _settled(trained if config is None else config, criterion)
+    if config.model.get("segmentation", {}) is None:
+        raise UserError(
+            f"{workdir} has no segmentation of its own; give another network's, with labels: "
+            "--input IMAGES --logits RESULTS --truth LABELS"
+        )
+    split = split or ("held_out" if config.data.hold_out else config.data.eval_split)
+    common = set(split.split("+")) & set(trained.data.train_split.split("+"))
+    if common:
+        raise UserError(
+            f"the run was trained on {', '.join(sorted(common))}: a refinement that is chosen "
+            "there takes the network for better than it is; give another --split, such as "
+            f"{trained.data.eval_split}"
+        )
+    outputs = network_outputs.compute(
+        arms.Run("joint", config.seed, config, workdir), split, best=True
+    )
+    if outputs.affinity_logits is None:
+        raise UserError(f"{workdir} has no affinity head, so there is nothing to refine with")
+    return _fit(config, workdir, outputs, outputs.about["step"], split, criterion)
+
+
+def fit_files(
+    config: ml_collections.ConfigDict | None,
+    workdir: pathlib.Path,
+    inputs: foreign_outputs.Inputs,
+    form: Form,
+    criterion: str = "",
+) -> dict[str, Any]:
+    """Fits the refinement of a run's affinities to what another network says.
+
+    Args:
+        config: as for `fit_run`.
+        workdir: of the run with the affinities.
+        inputs: images, results and true label maps.
+        form: of the results.
+        criterion: as for `fit_run`.
+
+    Raises:
+        FileNotFoundError: no such run or folder.
+        DataError: a file that cannot be used.
+        UserError: no affinities; names that do not match.
+    """
+    config, criterion = _settled(
+        network.read_config(workdir) if config is None else config, criterion
+    )
+    with tempfile.TemporaryDirectory(prefix="dilaff_fit_") as folder:
+        outputs, step = foreign_outputs.compute(
+            workdir, inputs, form, config.eval.batch_size, pathlib.Path(folder)
+        )
+        return _fit(config, workdir, outputs, step, str(inputs.images), criterion)
+
+
+def _settled(
+    config: ml_collections.ConfigDict, criterion: str
+) -> tuple[ml_collections.ConfigDict, str]:
+    config = ablate_config.complete(config)
+    schema.check(config.ablate, ablate_config.KEYS, "config.ablate")
+    criterion = criterion or config.ablate.criterion
+    if criterion not in ablate_config.CRITERIA:
+        raise UserError(
+            f"the criterion is {criterion!r}; allowed: {', '.join(ablate_config.CRITERIA)}"
+        )
+    return config, criterion
+
+
+def _fit(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    outputs: Outputs,
+    step: int,
+    split: str,
+    criterion: str,
+) -> dict[str, Any]:
+    grid = operators.grid(config.ablate.grid.to_dict())
+    rows = config.eval.batch_size
+    bias = selection_lib.fit_bias(outputs, rows)
+    scores = selection_lib.sweep(outputs, grid, bias, rows, config.eval.tolerance)
+    choice = selection_lib.choose(grid, [scores], criterion, len(outputs))
+    options = dict(choice.chosen.options)
+    if "bias" in options:
+        options["bias"] = np.asarray(operators.resolved(options["bias"], bias)).tolist()
+    offsets = outputs.offsets
+    assert offsets is not None
+    dilations = affinity.distinct_dilations(offsets)
+    histogram = operators.edge_histograms(outputs, rows)["head"]
+    content = {
+        "refine": {"name": choice.chosen.operator, **options},
+        "step": step,
+        "criterion": criterion,
+        "split": split,
+        "images": len(outputs),
+        "bias": dict(zip(map(str, dilations), bias.tolist(), strict=True)),
+        "edges": metrics.affinity_summary(histogram, dilations, bias=bias),
+        "before": scores[operators.IDENTITY.key],
+        "after": scores[choice.chosen.key],
+        "candidates": _one_seed(choice.table),
+        "provenance": provenance.provenance("numpy"),
+    }
+    path = refinement.write(workdir, content)
+    print(_table(content))
+    print(f"written: {path}")
+    return content
+
+
+def _one_seed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Candidates, the best first, with their figures of the one network that there is."""
+    flat = [row | {figure: row[figure][0] for figure in selection_lib.FIGURES} for row in table]
+    return sorted(flat, key=lambda row: -np.nan_to_num(row["score"], nan=-1.0))
+
+
+def _table(content: Mapping[str, Any]) -> str:
+    """The best candidates beside doing nothing, in per cent."""
+    best = list(content["candidates"][:_SHOWN])
+    best += [row for row in content["candidates"][_SHOWN:] if row["operator"] == "identity"]
+    rows = [
+        [
+            " ".join([row["operator"], *(f"{k}={v}" for k, v in row["options"].items())]),
+            *(f"{100 * row[figure]:.2f}" for figure in selection_lib.FIGURES),
+        ]
+        for row in best
+    ]
+    title = (
+        f"{content['split']}: {content['images']} images, {len(content['candidates'])} candidates "
+        f"by {content['criterion']}, per cent"
+    )
+    return reporting.table(title, ["", "mIoU", "boundary F", "trimap mIoU"], rows)
+
+
+def has_inputs(*paths: str | None) -> bool:
+    """Whether files are given; all of them, or none.
+
+    Raises:
+        UserError: some are.
+    """
+    given = [bool(path) for path in paths]
+    if any(given) and not all(given):
+        raise UserError(
+            "--mode fit takes --input, --logits and --truth together: another network's results, "
+            "with labels; without them it takes a split of the run's data"
+        )
+    return all(given)

@@ -1,0 +1,165 @@
+"""What another network says of images in files, with the affinities of a run here: as `Outputs`."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from dilaff_jax import resize
+from dilaff_jax.ablation.network_outputs import Batch, Outputs
+from dilaff_jax.data import images
+from dilaff_jax.data.images import DataError
+from dilaff_jax.errors import UserError
+from dilaff_jax.labels import IGNORE_LABEL
+from dilaff_jax.serving import foreign_files, network, predict_files, refine_files
+from dilaff_jax.serving.foreign_files import Form
+from dilaff_jax.serving.predictor import CELL, read_image
+
+# In place of -infinity, which the search for an operator does not look for.
+_NEVER = -1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """images: a folder of them. results, truth: folders with a file of each image's name."""
+
+    images: pathlib.Path
+    results: pathlib.Path
+    truth: pathlib.Path
+
+
+class _Files:
+    """Images, results and labels by index, in the form of a `datasets.Source`."""
+
+    def __init__(self, inputs: Inputs, form: Form, net: network.Network) -> None:
+        named = refine_files.by_stem(
+            predict_files.find(inputs.images, inputs.images / ".no_output")
+        )
+        self.names = list(named)
+        self.results = foreign_files.find(
+            inputs.results, named, "result", refine_files.RESULT_SUFFIXES
+        )
+        masks = foreign_files.find(inputs.truth, named, "label map", refine_files.MAP_SUFFIXES)
+        self._images, self._masks = named, masks
+        self.num_classes = refine_files.num_classes(net, self.results, form)
+        self.form = dataclasses.replace(form, num_classes=self.num_classes)
+        self.sizes = [read_image(path).shape[:2] for path in tqdm(named.values(), desc="images")]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        name = self.names[index]
+        label = images.load_label(self._masks[name])
+        if label.shape != tuple(self.sizes[index]):
+            raise DataError(
+                f"{self._masks[name]}: {label.shape[0]} x {label.shape[1]} pixels; its image has "
+                f"{self.sizes[index][0]} x {self.sizes[index][1]}"
+            )
+        wrong = label[(label != IGNORE_LABEL) & ((label < 0) | (label >= self.num_classes))]
+        if wrong.size:
+            raise DataError(
+                f"{self._masks[name]}: holds the value {wrong[0]}; expected classes 0 to "
+                f"{self.num_classes - 1}, or {IGNORE_LABEL}"
+            )
+        return {"label": label.astype(np.uint8)}
+
+    def image(self, index: int) -> np.ndarray:
+        """RGB uint8."""
+        return read_image(self._images[self.names[index]])
+
+    def logits(self, index: int) -> np.ndarray:
+        """At the size of the image, finite."""
+        size = tuple(self.sizes[index])
+        given = foreign_files.read(self.results[self.names[index]], self.form, size)
+        full = resize.bilinear_logits(
+            jnp.asarray(given), size, align_corners=self.form.align_corners
+        )
+        return np.maximum(np.asarray(full), _NEVER)
+
+
+@dataclasses.dataclass
+class ForeignOutputs(Outputs):
+    """`Outputs` whose logits are read from files, batch by batch."""
+
+    given: Any = None
+
+    def batches(self, rows: int, indices: np.ndarray | None = None) -> Iterator[Batch]:
+        """As those of `Outputs`; beyond an image its last row and column are repeated."""
+        assert self.affinity_logits is not None
+        every = np.arange(len(self)) if indices is None else indices
+        for start in range(0, len(every), rows):
+            own = every[start : start + rows]
+            filled = np.resize(own, rows)
+            logits = {int(i): self._padded(self.given.logits(int(i))) for i in own}
+            yield Batch(
+                own, np.stack([logits[int(i)] for i in filled]), self.affinity_logits[filled]
+            )
+
+    def _padded(self, logits: np.ndarray) -> np.ndarray:
+        margins = [(0, n - m) for n, m in zip(self.size, logits.shape[:2], strict=True)]
+        return np.pad(logits, [*margins, (0, 0)], mode="edge")
+
+
+def compute(
+    workdir: pathlib.Path, inputs: Inputs, form: Form, rows: int, folder: pathlib.Path
+) -> tuple[ForeignOutputs, int]:
+    """Runs a run's network over the images for its affinities; also returns the step.
+
+    All images are padded to one size, so that one program serves them.
+
+    Args:
+        workdir: of the run.
+        inputs: images, results and labels.
+        form: of the results.
+        rows: images at a time.
+        folder: for what follows from the outputs.
+
+    Raises:
+        FileNotFoundError: no such run or folder.
+        DataError: a file that cannot be used.
+        UserError: no affinities; names that do not match.
+    """
+    net, model, step = network.from_run(workdir, refinement="config")
+    if net.offsets is None:
+        raise UserError(f"{workdir} has no affinity head, so there is nothing to refine with")
+    source = _Files(inputs, form, net)
+    unit = CELL * 2
+    size = [-(-int(n) // unit) * unit for n in np.max(source.sizes, axis=0)]
+    scaled = [round(n * net.resize) for n in size]
+    program = jax.jit(lambda variables, x: net.apply(variables, x)[1])
+    maps: list[np.ndarray] = []
+    bar = tqdm(total=len(source), desc="affinities", unit="image")
+    with bar:
+        for start in range(0, len(source), rows):
+            own = range(start, min(start + rows, len(source)))
+            canvas = np.empty((rows, *size, 3), np.uint8)
+            canvas[:] = net.pad_rgb
+            for row, index in enumerate(own):
+                image = source.image(index)
+                canvas[row, : image.shape[0], : image.shape[1]] = image
+            if scaled != size:
+                canvas = np.stack(
+                    [cv2.resize(x, scaled[::-1], interpolation=cv2.INTER_AREA) for x in canvas]
+                )
+            found = np.asarray(program(net.variables, canvas).astype(jnp.float16))
+            maps.extend(found[: len(own)])
+            bar.update(len(own))
+    jax.clear_caches()
+    outputs = ForeignOutputs(
+        source=source,  # type: ignore[arg-type]
+        size=(size[0], size[1]),
+        logits=np.empty((len(source), 0)),
+        affinity_logits=np.stack(maps),
+        offsets=model.offsets,
+        about={"files": str(inputs.images), "step": step},
+        folder=folder,
+        given=source,
+    )
+    return outputs, step
