@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 import dilaff_jax
+from dilaff_jax import propagate
+from dilaff_jax.errors import UserError
 from dilaff_jax.export import onnx, saved_model, stablehlo
 from dilaff_jax.serving import network
 from tests import data_files
 from tests import tiny_run as runs
 
 IMAGES = np.stack([data_files.picture(48, 40, seed) for seed in range(3)])
+WIDE = np.stack([data_files.picture(64, 96, seed) for seed in range(2)])
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +147,84 @@ def test_an_onnx_file_equals_the_model(tiny_run, tmp_path):
     assert worst.keys() == {"labels", "probs", "logits", "affinity_logits"}
     assert worst["labels"] == 0
     assert max(worst.values()) < 1e-4  # the logits are of the order of ten
+
+
+def random_logits(*shape):
+    return np.random.default_rng(3).normal(0, 3, shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def affinities(tmp_path_factory):
+    """The workdir of an affinity network by itself."""
+    from tests import tiny_run
+
+    return tiny_run.write(tmp_path_factory.mktemp("alone") / "run", segmentation=None)
+
+
+@pytest.mark.parametrize(("size", "classes"), [(None, 3), ((64, 96), 5)])
+def test_a_refiner_is_a_function_of_images_and_logits(
+    size, classes, tiny_run, affinities, tmp_path
+):
+    """Of a network that segments, and of one that has affinities alone: any stride and classes."""
+    for workdir in (tiny_run, affinities):
+        net = network.from_run(workdir)[0]
+        path = tmp_path / "refiner.zip"
+        metadata = stablehlo.write(net, path, size=size, platforms=("cpu",), refiner=classes)
+        assert metadata["logits"] == f"float32 (b, p, q, {classes}): another network's"
+        with zipfile.ZipFile(path) as file:
+            exported = jax.export.deserialize(bytearray(file.read("program.bin")))
+        _, affinity_logits = jax.jit(net.apply)(net.variables, WIDE)
+        for stride in (1, 8):
+            logits = random_logits(2, 64 // stride, 96 // stride, classes)
+            logits[:, :, :, 1] = -np.inf
+            found = exported.call(WIDE, logits)
+            labels, probs = propagate.refine_logits(
+                logits, affinity_logits, net.offsets, (64, 96), propagate.operator(**net.refine)
+            )
+            np.testing.assert_array_equal(found["labels"], labels)
+            np.testing.assert_allclose(found["probs"], probs, atol=2e-4)
+            assert not (np.asarray(found["labels"]) == 1).any()
+        loaded, own = dilaff_jax.load(path), dilaff_jax.load(workdir)
+        logits = random_logits(8, 12, 3)
+        wanted = own.refine(WIDE[0], logits).probs
+        np.testing.assert_allclose(loaded.refine(WIDE[0], logits).probs, wanted, atol=2e-4)
+        with pytest.raises(UserError, match="affinity network by itself"):
+            loaded(WIDE[0])
+
+
+def test_affinities_alone_are_no_segmentation_to_export(
+    affinities, tiny_plain_run, tmp_path, capsys
+):
+    with pytest.raises(UserError, match="which has no logits of its own; as a refiner"):
+        stablehlo.program(network.from_run(affinities)[0])
+    with pytest.raises(UserError, match="has no affinity head, so it cannot refine"):
+        stablehlo.write(network.from_run(tiny_plain_run)[0], tmp_path / "x.zip", refiner=3)
+    file = tmp_path / "model.zip"
+    assert stablehlo.main([str(affinities), str(file), "--platforms=cpu", "--size=64,96"]) == 0
+    assert "input: logits, float32 (b, p, q, 3): another network's" in capsys.readouterr().out
+
+
+def test_an_onnx_refiner_takes_what_a_torch_network_says(affinities, tmp_path):
+    """The whole way of somebody without JAX: logits by torch, refined by onnxruntime."""
+    pytest.importorskip("jax2onnx", reason="needs: pip install --no-deps jax2onnx, extra [onnx]")
+    import onnxruntime
+    import torch
+
+    net = network.from_run(affinities)[0]
+    path = tmp_path / "refiner.onnx"
+    onnx.write(net, path, (64, 96), (8, 12, 5))
+    worst = onnx.compare(net, path, (64, 96), (8, 12, 5))
+    assert worst["labels"] == 0
+    assert worst["probs"] < 1e-4
+    torch.manual_seed(0)
+    theirs = torch.nn.Conv2d(3, 5, 8, stride=8)
+    image = torch.tensor(WIDE[:1], dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(image.permute(0, 3, 1, 2) / 64).permute(0, 2, 3, 1)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    [labels] = session.run(["labels"], {"images": image.numpy(), "logits": logits.numpy()})
+    wanted = dilaff_jax.load(affinities).refine(WIDE[0], logits)
+    np.testing.assert_array_equal(labels[0], wanted.labels)
 
 
 def test_what_is_converted_to_onnx_is_written_for_no_platform(tiny_run):

@@ -2,6 +2,7 @@
 
     pip install -e '.[onnx]' && pip install --no-deps jax2onnx==0.17.1
     python -m dilaff_jax.export.onnx WORKDIR FILE.onnx --size=512,512
+    python -m dilaff_jax.export.onnx WORKDIR FILE.onnx --size=512,512 --logits=64,64,19
 
 (Without --no-deps, jax2onnx asks for an older Orbax than training uses; it runs without any.) The
 file takes `images`, float32 RGB in [0, 255], [1, H, W, 3], and gives labels, probs, logits and
@@ -30,13 +31,20 @@ from dilaff_jax.serving.network import Network, from_run
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 
 
-def write(network: Network, path: str | os.PathLike, size: Sequence[int]) -> dict[str, Any]:
+def write(
+    network: Network,
+    path: str | os.PathLike,
+    size: Sequence[int],
+    logits: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Writes an ONNX file for images of one size, and returns the metadata that is in it.
 
     Args:
         network: from `serving.network.from_run`.
         path: of the file.
         size: (height, width).
+        logits: (h, w, C) of another network, which are then refined instead of its own: the file
+            takes `images` and `logits` `[1, h, w, C]`.
 
     Raises:
         ImportError: jax2onnx is not installed.
@@ -48,14 +56,16 @@ def write(network: Network, path: str | os.PathLike, size: Sequence[int]) -> dic
         raise MissingPackageError(
             f"{e}; pip install -e '.[onnx]' && pip install --no-deps jax2onnx==0.17.1"
         ) from e
-    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    names, function = flattened(network, images)
+    inputs = {"images": jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)}
+    if logits is not None:
+        inputs["logits"] = jax.ShapeDtypeStruct((1, *logits), jnp.float32)
+    names, function = flattened(network, *inputs.values())
     try:
-        model = jax2onnx.to_onnx(function, [images], return_mode="proto")
+        model = jax2onnx.to_onnx(function, list(inputs.values()), return_mode="proto")
     except Exception as e:  # it raises of many kinds
         raise UserError(f"jax2onnx cannot convert this network: {type(e).__name__}: {e}") from e
     _two_axes_of_pooling(model.graph)
-    _rename(model.graph, ["images"], names)
+    _rename(model.graph, list(inputs), names)
     metadata = stablehlo.describe(network, 1, 1, size)
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=json.dumps(value))
@@ -65,7 +75,7 @@ def write(network: Network, path: str | os.PathLike, size: Sequence[int]) -> dic
 
 
 def flattened(
-    network: Network, images: jax.ShapeDtypeStruct
+    network: Network, *inputs: jax.ShapeDtypeStruct
 ) -> tuple[list[str], Callable[..., Any]]:
     """The exported program's outputs by name, and it as a function of plain JAX operations.
 
@@ -73,8 +83,15 @@ def flattened(
     once traced, no layer is left to be replaced. It knows no platforms either: layers are Flax's
     own, and of what is written for one platform beside others the default is taken.
     """
-    traced, shapes = jax.make_jaxpr(stablehlo.program(network, "gpu"), return_shape=True)(images)
+    function = _function(network, refiner=len(inputs) > 1)
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
     return sorted(shapes), functools.partial(_run, traced.jaxpr, traced.consts)
+
+
+def _function(network: Network, *, refiner: bool) -> Callable[..., dict[str, jax.Array]]:
+    if refiner:
+        return stablehlo.refinement(network, "gpu")
+    return stablehlo.program(network, "gpu")
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], *arguments: Any) -> list[Any]:
@@ -158,12 +175,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("workdir", type=pathlib.Path, help="of a training")
     parser.add_argument("file", type=pathlib.Path, help="to write")
     parser.add_argument("--size", type=stablehlo.parse_size, required=True, help="HEIGHT,WIDTH")
+    parser.add_argument(
+        "--logits",
+        type=_three,
+        help="HEIGHT,WIDTH,CLASSES of another network's, to be refined instead of its own",
+    )
     given = parser.parse_args(arguments)
     try:
         network, _, step = from_run(given.workdir)
         print("converting; this takes a minute or two", flush=True)
-        write(network, given.file, given.size)
-        worst = compare(network, given.file, given.size)
+        write(network, given.file, given.size, given.logits)
+        worst = compare(network, given.file, given.size, given.logits)
     except (UserError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(
@@ -174,15 +196,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(network: Network, path: str | os.PathLike, size: Sequence[int]) -> dict[str, float]:
+def _three(text: str) -> tuple[int, int, int]:
+    """HEIGHT,WIDTH,CLASSES as numbers."""
+    height, width, classes = (int(n) for n in text.split(","))
+    return height, width, classes
+
+
+def compare(
+    network: Network,
+    path: str | os.PathLike,
+    size: Sequence[int],
+    logits: Sequence[int] | None = None,
+) -> dict[str, float]:
     """The largest difference of each output, file by onnxruntime against network, on noise."""
     import onnxruntime
 
-    noise = np.random.default_rng(0).integers(0, 256, (1, *size, 3)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    inputs = {"images": rng.integers(0, 256, (1, *size, 3)).astype(np.float32)}
+    if logits is not None:
+        inputs["logits"] = rng.normal(0, 3, (1, *logits)).astype(np.float32)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    outputs = dict(zip(names, session.run(names, {"images": noise}), strict=True))
-    wanted = jax.jit(stablehlo.program(network))(noise)
+    outputs = dict(zip(names, session.run(names, inputs), strict=True))
+    function = stablehlo.program if logits is None else stablehlo.refinement
+    wanted = jax.jit(function(network))(*inputs.values())
     return {
         k: float(np.abs(outputs[k].astype(np.float32) - np.asarray(v, np.float32)).max())
         for k, v in wanted.items()

@@ -1,11 +1,13 @@
 """A trained network as one file that runs without this package: StableHLO, weights inside.
 
     python -m dilaff_jax.export WORKDIR FILE
+    python -m dilaff_jax.export WORKDIR FILE --refiner=21
 
-The file is a zip of program.bin, which `jax.export.deserialize` takes, and metadata.json, which
-says what goes in and comes out: classes, colours, offsets, sizes. Refinement is part of the
-program. Nothing in it is pickled. It runs on CPU, CUDA and TPU, with JAX of this and (as JAX
-promises, https://docs.jax.dev/en/latest/export/export.html) of the six months to come.
+With --refiner it is a function of images and of another network's logits; of an affinity network
+by itself it always is. The file is a zip of program.bin, which `jax.export.deserialize` takes, and
+metadata.json, which says what goes in and comes out: classes, colours, offsets, sizes. Refinement
+is part of the program. Nothing in it is pickled. It runs on CPU, CUDA and TPU, with JAX of this and
+(as JAX promises, https://docs.jax.dev/en/latest/export/export.html) of the six months to come.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from dilaff_jax.runtime import files
 from dilaff_jax.serving.exported import FORMAT, METADATA, PROGRAM
 from dilaff_jax.serving.network import Network, from_run
 
+# In place of -infinity, where nobody looks for it.
+_NEVER = -1e4
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of which height and width are tried to be multiples, until the network's shapes are certain.
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
@@ -41,6 +45,7 @@ def write(
     *,
     size: Sequence[int] | None = None,
     platforms: Sequence[str] = PLATFORMS,
+    refiner: int = 0,
 ) -> dict[str, Any]:
     """Writes a network to a file and returns its metadata.
 
@@ -54,14 +59,19 @@ def write(
         size: (height, width), if they are not to stay open, as a network needs that computes with
             its sizes outside of XLA: pooling into a grid (PSPNet), sliding windows, scales.
         platforms: on which it is to run.
+        refiner: number of classes of another network's logits, of any size, that are refined
+            instead of its own; 0 for its own. An affinity network by itself refines as many as it
+            was trained with where nothing is said.
 
     Raises:
-        UserError: the network needs a `size`.
+        UserError: the network needs a `size`, or has no affinities to refine by.
     """
-    function = program(network)
-    multiple, minimum = (1, 1) if size else constraints(network, function)
+    if not network.segmentation:
+        refiner = refiner or len(network.classes.names)
+    function = refinement(network) if refiner else program(network)
+    multiple, minimum = (1, 1) if size else constraints(network, function, refiner)
     exported = jax_export.export(jax.jit(function), platforms=tuple(platforms))(
-        _images(multiple, minimum, size)
+        *_inputs(multiple, minimum, size, refiner)
     )
     metadata = _signature(exported) | describe(network, multiple, minimum, size)
     with (
@@ -81,7 +91,15 @@ def program(network: Network, platform: str = "any") -> Callable[[jax.Array], di
 
     labels uint8 `[b, H, W]` and probs float32 `[b, H, W, C]` are refined, where there is a head;
     logits `[b, h, w, C]` and affinity_logits `[b, h', w', K]` are the network's own.
+
+    Raises:
+        UserError: the network has no logits of its own.
     """
+    if not network.segmentation:
+        raise UserError(
+            "this is an affinity network by itself, which has no logits of its own; as a refiner "
+            "of another network's it can be exported to StableHLO and ONNX (--logits)"
+        )
     refine = propagate.operator(**network.refine)
 
     def run(images: jax.Array) -> dict[str, jax.Array]:
@@ -104,13 +122,49 @@ def program(network: Network, platform: str = "any") -> Callable[[jax.Array], di
     return run
 
 
-def constraints(network: Network, function: Callable[..., Any]) -> tuple[int, int]:
+def refinement(
+    network: Network, platform: str = "any"
+) -> Callable[[jax.Array, jax.Array], dict[str, jax.Array]]:
+    """What is exported of a refiner: images and logits to labels, probs, affinity_logits.
+
+    images `[b, H, W, 3]` and another network's logits `[b, h, w, C]`, which cover them at any
+    stride, without aligned corners; labels uint8 `[b, H, W]` and probs float32 `[b, H, W, C]` are
+    refined. A logit of -inf, a class that is switched off, is taken as -10,000.
+
+    Raises:
+        UserError: the network has no affinities.
+    """
+    offsets = network.offsets
+    if offsets is None:
+        raise UserError("this network has no affinity head, so it cannot refine")
+    refine = propagate.operator(**network.refine)
+
+    def run(images: jax.Array, logits: jax.Array) -> dict[str, jax.Array]:
+        with dispatch.made_for(platform):
+            _, affinity_logits = network.apply(network.variables, images)
+        assert affinity_logits is not None
+        logits = jnp.maximum(logits, _NEVER)
+        labels, probs = propagate.refine_logits(
+            logits, affinity_logits, offsets, images.shape[1:3], refine, finite=True
+        )
+        return {
+            "labels": labels.astype(jnp.uint8),
+            "probs": probs,
+            "affinity_logits": affinity_logits,
+        }
+
+    return run
+
+
+def constraints(
+    network: Network, function: Callable[..., Any], refiner: int = 0
+) -> tuple[int, int]:
     """The least multiple, and the least size, for which all shapes can be decided symbolically."""
     failure: Exception | None = None
     for multiple in _MULTIPLES:
         minimum = _minimum(network, multiple)
         try:
-            jax.eval_shape(function, _images(multiple, minimum, None))
+            jax.eval_shape(function, *_inputs(multiple, minimum, None, refiner))
         except Exception as e:  # JAX raises of many kinds where a shape stays open
             failure = e
         else:
@@ -133,17 +187,21 @@ def _minimum(network: Network, multiple: int) -> int:
     return -(-pixels // multiple) * multiple
 
 
-def _images(multiple: int, minimum: int, size: Sequence[int] | None) -> jax.ShapeDtypeStruct:
-    """The input: open in batch, and in height and width unless `size` is given."""
-    if size is not None:
-        (batch,) = jax_export.symbolic_shape("b")
-        return jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8)
+def _inputs(
+    multiple: int, minimum: int, size: Sequence[int] | None, refiner: int
+) -> list[jax.ShapeDtypeStruct]:
+    """The images, open in batch, and in height and width unless `size` is given; logits, open."""
     factor = "" if multiple == 1 else f"{multiple}*"
     least = max(1, minimum // multiple)
-    shape = jax_export.symbolic_shape(
-        f"b, {factor}h, {factor}w, 3", constraints=[f"h >= {least}", f"w >= {least}"]
-    )
-    return jax.ShapeDtypeStruct(shape, jnp.uint8)
+    bounds = [] if size else [f"h >= {least}", f"w >= {least}"]
+    scope = jax_export.SymbolicScope(bounds)
+    area = f"{factor}h, {factor}w" if size is None else f"{size[0]}, {size[1]}"
+    shape = jax_export.symbolic_shape(f"b, {area}, 3", scope=scope)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.uint8)]
+    if refiner:
+        logits = jax_export.symbolic_shape(f"b, p, q, {refiner}", scope=scope)
+        inputs.append(jax.ShapeDtypeStruct(logits, jnp.float32))
+    return inputs
 
 
 def describe(
@@ -172,6 +230,11 @@ def _signature(exported: jax_export.Exported) -> dict[str, Any]:
         "format": FORMAT,
         "platforms": list(exported.platforms),
         "input": f"images, uint8 {exported.in_avals[0].shape}: RGB; normalised inside",
+        **(
+            {"logits": f"float32 {exported.in_avals[1].shape}: another network's"}
+            if len(exported.in_avals) > 1
+            else {}
+        ),
         "outputs": {name: f"{aval.dtype} {aval.shape}" for name, aval in names.items()},
     }
 
@@ -186,18 +249,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--size", type=parse_size, help="HEIGHT,WIDTH, if they are not to stay open"
     )
+    parser.add_argument(
+        "--refiner", type=int, default=0, help="CLASSES of another network's logits, to be refined"
+    )
     parser.add_argument("--platforms", default=",".join(PLATFORMS), help="separated by commas")
     given = parser.parse_args(arguments)
     try:
         network, _, step = from_run(given.workdir)
         platforms = given.platforms.split(",")
-        metadata = write(network, given.file, size=given.size, platforms=platforms)
+        metadata = write(
+            network, given.file, size=given.size, platforms=platforms, refiner=given.refiner
+        )
     except (UserError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(
         f"step {step} of {given.workdir} in {given.file}, {given.file.stat().st_size / 1e6:.1f} MB"
     )
     print(f"input: {metadata['input']}, height and width at least {metadata['minimum']}")
+    if "logits" in metadata:
+        print(f"input: logits, {metadata['logits']}")
     for name, description in metadata["outputs"].items():
         print(f"output: {name}, {description}")
     return 0

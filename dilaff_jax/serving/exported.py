@@ -5,6 +5,7 @@ import os
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
@@ -35,9 +36,15 @@ def read(path: str | os.PathLike) -> Network:
         raise UserError(f"{path} is no file that dilaff_jax.export wrote, or damaged: {e}") from e
 
     def apply(variables: tuple[()], images: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        if refiner:  # for its affinities alone, which do not depend on what is refined
+            nothing = jnp.zeros(
+                (images.shape[0], 1, 1, exported.in_avals[1].shape[-1]), jnp.float32
+            )
+            return None, exported.call(images, nothing)["affinity_logits"]
         outputs = exported.call(images)
         return outputs["logits"], outputs.get("affinity_logits")
 
+    refiner = "logits" in metadata
     offsets, size = metadata["offsets"], metadata["size"]
     return Network(
         apply,
@@ -45,7 +52,7 @@ def read(path: str | os.PathLike) -> Network:
         None if offsets is None else np.array(offsets, np.int32),
         Classes.from_json(metadata["classes"]),
         metadata["refine"],
-        True,
+        not refiner,
         metadata["resize"],
         tuple(metadata["pad_rgb"]),
         metadata["multiple"],
