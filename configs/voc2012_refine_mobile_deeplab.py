@@ -11,12 +11,15 @@ which reads the image by a stem of its own, the encoder's and the decoder's maps
 segmentation's probabilities.
 
 `--mode ablate` reports on the validation split and selects on training images that were not trained
-on: those whose names begin with 2010.
+on: those whose names begin with 2007_000, 2007_001 or 2007_002.
 """
 
 import ml_collections
 
 from dilaff_jax.configs import default
+
+# Training images to choose a refinement by, with every class among them (a year has not).
+HELD_OUT = ("2007_000", "2007_001", "2007_002")
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -26,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 6
     config.data.update({"dataset": "voc2012_seg", "crop_size": (513, 513), "eval_size": (513, 513)})
     config.data.update({"scale_range": (0.75, 1.5), "pad_rgb": (128, 128, 128)})
-    config.data.hold_out = ("2010_",)
+    config.data.hold_out = HELD_OUT
     config.model.update({"encoder": "mobilenet_v2_tf", "output_stride": 16})
     config.model.encoder_options = {"mean": (128.0,) * 3, "std": (128.0,) * 3}
     config.model.decoder_options = {"rates": (), "head": False}

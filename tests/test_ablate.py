@@ -465,6 +465,19 @@ def test_the_quick_count_is_that_of_the_metrics(tolerance):
         np.testing.assert_array_equal(pixels, metrics.boundary_f(p, t, 4, tolerance).pixels)
 
 
+def test_a_choice_is_of_the_classes_that_the_images_have():
+    """A class that is predicted and nowhere true would count as 0, and not once it is gone."""
+    truth = np.zeros((20, 20), np.uint8)
+    truth[:, 10:] = 1
+    wrong = truth.copy()
+    wrong[0, 0] = 2
+    found = [counts.quick_figures(*counts.Truth(truth, 3, 2.0).count(p)) for p in (wrong, truth)]
+    assert found[0]["miou"] == pytest.approx((199 / 200 + 1) / 2)
+    assert found[1]["miou"] == 1
+    everywhere = metrics.segmentation_summary(metrics.confusion(wrong, truth, 3))
+    assert everywhere["miou"] == pytest.approx((199 / 200 + 1) / 3)
+
+
 def test_the_interval_over_seeds_is_the_paired_t_interval_of_scipy():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 6))

@@ -11,13 +11,12 @@ import PIL.Image
 import pytest
 
 from dilaff_jax import optim, settings, step
-from dilaff_jax.configs import camvid_ablation
-from dilaff_jax.data import datasets, pipeline, prepare
+from dilaff_jax.configs import camvid_ablation, voc2012_refine_mobile_deeplab
+from dilaff_jax.data import datasets, pipeline, prepare, voc2012_seg
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import parallel
 from tests import data_files
 from tests.test_data_sets import (
-    SMALL_VOC,
     write_ade,
     write_camvid,
     write_cityscapes,
@@ -52,7 +51,9 @@ def data_dir(tmp_path_factory):
         names = ("spatial_a", "static_b")
         data_files.image_folder(source / "facade", names, split, CLASSES[FACADE_SET])
     prepare.prepare("camvid", target, source / "camvid")
-    prepare.prepare("voc2012_seg", target, write_voc(source / "voc", "2010_2"), SMALL_VOC)
+    held_out = [f"{prefix}033" for prefix in voc2012_refine_mobile_deeplab.HELD_OUT]
+    options = voc2012_seg.VocOptions(counts=(2 + len(held_out), 2, 2))
+    prepare.prepare("voc2012_seg", target, write_voc(source / "voc", held_out), options)
     prepare.prepare("cityscapes", target, write_cityscapes(source / "city"))
     prepare.prepare("scene_parse150", target, write_ade(source / "ade"))
     options = datasets.builder_class("image_folder").options_type(classes=FACADE)

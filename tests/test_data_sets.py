@@ -168,17 +168,17 @@ def test_real_labelmefacade_is_an_image_folder(real_data, tmp_path):
 # PASCAL VOC.
 
 
-def write_voc(root, second="2007_2"):
-    """Both official archives in miniature: 2 train, 2 val, 4 SBD of which one is in each."""
+def write_voc(root, more=()):
+    """Both official archives in miniature: 2 train and `more`, 2 val, 4 SBD, one of each of them."""
     voc, sbd = root / "VOCdevkit/VOC2012", root / "benchmark_RELEASE/dataset"
     (voc / "ImageSets/Segmentation").mkdir(parents=True)
     (sbd / "cls").mkdir(parents=True)
-    (voc / "ImageSets/Segmentation/train.txt").write_text(f"2007_1\n{second}\n")
+    (voc / "ImageSets/Segmentation/train.txt").write_text("\n".join(("2007_1", "2007_2", *more)))
     (voc / "ImageSets/Segmentation/val.txt").write_text("2007_3\n2007_4\n")
-    (sbd / "train.txt").write_text(f"{second}\n2008_5\n2008_6\n")
+    (sbd / "train.txt").write_text("2007_2\n2008_5\n2008_6\n")
     (sbd / "val.txt").write_text("2007_3\n")
     for n in (1, 2, 3, 4, 5, 6):
-        name = second if n == 2 else f"200{7 if n < 5 else 8}_{n}"
+        name = f"200{7 if n < 5 else 8}_{n}"
         save(picture(seed=n), voc / "JPEGImages" / f"{name}.jpg", quality=95)
         label = classes_map(classes=21, seed=n)
         label[2] = 255
@@ -189,6 +189,9 @@ def write_voc(root, second="2007_2"):
             struct["Segmentation"][0, 0] = np.where(label == 255, 0, label)
             struct["Boundaries"][0, 0] = np.zeros((1, 1))
             scipy.io.savemat(sbd / "cls" / f"{name}.mat", {"GTcls": struct})
+    for n, name in enumerate(more, start=7):
+        save(picture(seed=n), voc / "JPEGImages" / f"{name}.jpg", quality=95)
+        save_palette(classes_map(classes=21, seed=n), voc / "SegmentationClass" / f"{name}.png")
     return root
 
 
