@@ -7,7 +7,7 @@ r"""VOC 2012: a frozen mobile DeepLab by itself, refined by three affinity heads
         --config.init.model=deeplabv3_mobilenet_v2_pascal.npz
 
 The arm "joint" is the frozen base, whose plain output is the same to the bit in all seeds;
-"refined" is what the heads of three seeds make of it. All is selected on the training images of 2007 whose
+"refined" is what the heads of three seeds make of it. All is selected on the training images whose
 names begin with 2007_000, 2007_001 or 2007_002, on which no head was trained (what the base was
 trained on, its authors know); all twenty classes are among them, which a year by itself does not
 grant.
