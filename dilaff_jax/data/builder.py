@@ -195,6 +195,11 @@ class SegmentationBuilder(_Base):
             self._read.update(self.source / name for name in archives)
         return root
 
+    @property
+    def recognised(self) -> str | None:
+        """The tool whose export the source was found to be."""
+        return None
+
     def unused_files(self) -> Sequence[pathlib.Path]:
         """Files that lie where images and masks are expected, and that nothing is made of."""
         return ()

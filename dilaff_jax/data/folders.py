@@ -104,7 +104,10 @@ def pair_up(
     by_name = image_files(root, images)
     masks = image_files(root, labels)
     names = {
-        n.removesuffix(image_suffix): f for n, f in by_name.items() if n.endswith(image_suffix)
+        n.removesuffix(image_suffix): f
+        for n, f in by_name.items()
+        # In one folder, a mask is no image.
+        if n.endswith(image_suffix) and not (images == labels and n.endswith(label_suffix))
     }
     if not names:
         raise DataError(f"{images}: no images named *{image_suffix}{list(IMAGE_SUFFIXES)}")

@@ -11,7 +11,8 @@ and then `config.dataset = "image_folder/pets"`. DIR holds
 
 or only images/ and labels/, from which --validation_share are taken for validation (by a hash of
 the name, so that adding images moves none). Other layouts: --images and --masks, with `{split}`
-where the split's folder name stands. Is background a class? If it is in classes.txt.
+where the split's folder name stands. Is background a class? If it is in classes.txt. What Roboflow,
+CVAT, labelme and Supervisely export is recognised and goes in as it comes, see `tool_exports`.
 
 Masks: palette PNGs (their indices), grey images of 1 to 16 bits (their values). 255 is ignored.
 A line `ignore` in classes.txt means that its value is ignored. 0/255 binary masks:
@@ -25,7 +26,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dilaff_jax.data import builder, folders, images
+from dilaff_jax.data import builder, folders, images, tool_exports
 from dilaff_jax.data.class_list import colormap
 from dilaff_jax.data.folders import Pair
 from dilaff_jax.data.images import DataError
@@ -84,11 +85,14 @@ class Builder(builder.SegmentationBuilder):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        entries = self._class_list()
+        # The options as given stay what the set is known by; the layout may be a tool's.
+        self._layout = self.options
+        self._export = self._recognised()
+        entries = self._export.entries if self._export else self._class_list()
         self._folders: set[Any] = set()  # where `splits` looked for images and masks
         named = [(name, color) for name, color in entries if name != _IGNORE]
         uncolored = [name for name, color in entries if color is None]
-        if self.options.color_masks and uncolored:
+        if self._layout.color_masks and uncolored:
             raise DataError(
                 "--color_masks needs a colour for every class: lines `name R G B`; there is none "
                 f"for {', '.join(uncolored)}"
@@ -102,6 +106,24 @@ class Builder(builder.SegmentationBuilder):
             for name, color in entries
             if color
         }
+
+    def _recognised(self) -> tool_exports.Export | None:
+        """The layout of an annotation tool, where nothing else is asked for."""
+        asked = ("classes", "images", "masks", "mask_suffix", "color_masks")
+        if any(getattr(self.options, name) != getattr(FolderOptions, name) for name in asked):
+            return None
+        if (self.source / self.options.classes).is_file():
+            return None
+        found = tool_exports.recognise(self.source)
+        if found is not None:
+            changes = {name: getattr(found, name) for name in asked if name != "classes"}
+            self._layout = dataclasses.replace(self.options, **changes)
+        return found
+
+    @property
+    def recognised(self) -> str | None:
+        """The tool whose export the source is, if it is one."""
+        return self._export and self._export.tool
 
     def _class_list(self) -> list[tuple[str, tuple[int, int, int] | None]]:
         given = self.options.classes
@@ -121,7 +143,7 @@ class Builder(builder.SegmentationBuilder):
 
     def label_map(self) -> Mapping[int, int]:
         """Line i of the class list is value i; where it says `ignore`, that value is ignored."""
-        if self.options.color_masks:
+        if self._layout.color_masks:
             return super().label_map()
         return {IGNORE_LABEL: IGNORE_LABEL} | {
             value: IGNORE_LABEL if name == _IGNORE else self.class_names.index(name)
@@ -130,7 +152,7 @@ class Builder(builder.SegmentationBuilder):
 
     def source_files(self) -> Sequence[pathlib.Path]:
         """Images, masks and the class list."""
-        classes = self.source / self.options.classes
+        classes = self._export.classes if self._export else self.source / self.options.classes
         return [*((classes,) if classes.is_file() else ()), *super().source_files()]
 
     def unused_files(self) -> Sequence[pathlib.Path]:
@@ -142,19 +164,19 @@ class Builder(builder.SegmentationBuilder):
 
     def splits(self) -> Mapping[str, Sequence[Pair]]:
         """The folders that --images matches, or one folder divided by name."""
-        pattern = self.options.images
+        pattern = self._layout.images
         if "{split}" not in pattern:
-            return self._divided(self._pairs(pattern, self.options.masks))
+            return self._divided(self._pairs(pattern, self._layout.masks))
         names = sorted(
             folder.relative_to(self.source).parts[pattern.split("/").index("{split}")]
             for folder in self.source.glob(pattern.replace("{split}", "*"))
-            if folder.is_dir()
+            if folder.is_dir() and not folders.hidden(folder.relative_to(self.source).parts[0])
         )
         if names:
             renamed = {"val": "validation", "valid": "validation"}
             return {
                 renamed.get(name, name): self._pairs(
-                    pattern.replace("{split}", name), self.options.masks.replace("{split}", name)
+                    pattern.replace("{split}", name), self._layout.masks.replace("{split}", name)
                 )
                 for name in names
             }
@@ -168,11 +190,11 @@ class Builder(builder.SegmentationBuilder):
 
     def _pairs(self, image_dir: str, mask_dir: str) -> list[Pair]:
         choices = [mask_dir]
-        if self.options.masks == FolderOptions.masks and mask_dir.endswith("labels"):
+        if self._layout.masks == FolderOptions.masks and mask_dir.endswith("labels"):
             choices.append(mask_dir.removesuffix("labels") + "masks")
         where = folders.folder(self.source, image_dir), folders.folder(self.source, *choices)
         self._folders.update(where)
-        return folders.pair_up(self.source, *where, label_suffix=self.options.mask_suffix)
+        return folders.pair_up(self.source, *where, label_suffix=self._layout.mask_suffix)
 
     def _divided(self, pairs: list[Pair]) -> dict[str, list[Pair]]:
         share = self.options.validation_share
@@ -190,7 +212,7 @@ class Builder(builder.SegmentationBuilder):
         """Reads one pair."""
         image, size = images.load_image(item.image, self.options.image_bits)
         other = IGNORE_LABEL if self.options.other_colors == "ignore" else None
-        colors = self._values if self.options.color_masks else None
+        colors = self._values if self._layout.color_masks else None
         label = images.load_label(item.label, colors, other)
         return builder.Example(item.name, image, size, label, item.image, item.label)
 

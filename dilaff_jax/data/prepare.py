@@ -86,6 +86,9 @@ def prepare(
             if target.exists() and not overwrite:
                 _check_source(target, builder)
                 return target
+            if builder.recognised:
+                says = f"{source} is taken as an export of {builder.recognised}"
+                print(says, file=sys.stderr)  # what goes to stdout is silenced here
             builder.download_and_prepare(file_format="array_record")
             if cls.needs_source:
                 source_record.write(
