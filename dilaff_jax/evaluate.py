@@ -28,6 +28,10 @@ from dilaff_jax.runtime import checkpoint, files, reporting
 from dilaff_jax.runtime import refinement as refinement_lib
 from dilaff_jax.runtime.parallel import AXIS, Devices, sum_over_processes
 
+_RESULTS = "results.json"
+# Holds a character for each time that the evaluation was begun.
+_BEGUN = "begun"
+
 
 @dataclasses.dataclass
 class Results:
@@ -38,12 +42,14 @@ class Results:
         scalars: {name: value}, such as "refined/miou"; shares in [0, 1].
         table: the main figures, for reading.
         pictures: {name: RGB uint8 `[H, W, 3]`}.
+        counts: that the figures follow from; {} of results that were read.
     """
 
     step: int
     scalars: dict[str, float]
     table: str
     pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def report(self, reporter: reporting.Reporter) -> None:
         """Writes figures and pictures where those of training are, and prints the table."""
@@ -78,17 +84,39 @@ class Evaluation:
         self.variants = self._step.variants
         self._program = devices.map(self._step, out=("replicated", "sharded"))
 
+    def prepare(self, step: int) -> None:
+        """Removes what earlier evaluations of this step left; results.json is the sign of an end.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        if jax.process_index() == 0:
+            for name in (_RESULTS, _BEGUN):
+                (result_folder(self._workdir, step) / name).unlink(missing_ok=True)
+
+    def begun(self, step: int) -> int:
+        """How often this step's evaluation was begun since `prepare`."""
+        path = result_folder(self._workdir, step) / _BEGUN
+        return len(path.read_text()) if path.exists() else 0
+
     def __call__(self, variables: Mapping[str, Any], step: int) -> Results:
-        """Evaluates one state; process 0 writes results.json and pictures."""
+        """Evaluates one state; process 0 writes pictures. `finish` is to follow."""
         folder = result_folder(self._workdir, step)
+        if jax.process_index() == 0:
+            files.write_text(folder / _BEGUN, "x" * (self.begun(step) + 1))
         device_counts, host_counts, drawn = self._count(variables, folder)
         counts = sum_over_processes({"device": device_counts, "host": host_counts})
         scalars = self._summary(counts["device"], counts["host"])
-        results = Results(step, scalars, self._table(scalars), drawn)
         if jax.process_index() == 0:
-            _write_results(folder, results, counts)
             visualize.write(folder / "pictures", drawn)
-        return results
+        return Results(step, scalars, self._table(scalars), drawn, counts)
+
+    def finish(self, results: Results) -> None:
+        """Writes results.json, by which an evaluation is known to have come to its end."""
+        if jax.process_index() == 0:
+            folder = result_folder(self._workdir, results.step)
+            _write_results(folder, results)
+            (folder / _BEGUN).unlink(missing_ok=True)
 
     def score(self, results: Results) -> float | None:
         """What marks the best state: `config.best_metric`, refined where there is refinement.
@@ -259,7 +287,9 @@ def evaluate_run(
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.refine = ml_collections.ConfigDict(refine)
-    results = Evaluation(config, model, devices, workdir, source)(variables, step)
+    evaluation = Evaluation(config, model, devices, workdir, source)
+    results = evaluation(variables, step)
+    evaluation.finish(results)
     if jax.process_index() == 0:
         print(results.table)
         print(f"step {step}; figures and pictures: {result_folder(workdir, step)}")
@@ -275,7 +305,7 @@ def result_folder(workdir: pathlib.Path, step: int) -> pathlib.Path:
 
 def read_results(workdir: pathlib.Path, step: int) -> Results | None:
     """The results of a step that was evaluated before, without pictures; None if it was not."""
-    path = result_folder(workdir, step) / "results.json"
+    path = result_folder(workdir, step) / _RESULTS
     if not path.exists():
         return None
     content = json.loads(path.read_text())
@@ -292,15 +322,15 @@ def last_results(workdir: pathlib.Path) -> Results:
     return results
 
 
-def _write_results(folder: pathlib.Path, results: Results, counts: Mapping[str, Any]) -> None:
+def _write_results(folder: pathlib.Path, results: Results) -> None:
     """Writes figures, the table, and the counts that they follow from."""
     content = {
         "step": results.step,
         "scalars": results.scalars,
         "table": results.table,
-        "counts": jax.tree.map(lambda x: np.asarray(x).tolist(), _as_dicts(counts)),
+        "counts": jax.tree.map(lambda x: np.asarray(x).tolist(), _as_dicts(results.counts)),
     }
-    files.write_text(folder / "results.json", files.json_text(content, indent=1) + "\n")
+    files.write_text(folder / _RESULTS, files.json_text(content, indent=1) + "\n")
 
 
 def _as_dicts(counts: Any) -> Any:

@@ -54,6 +54,10 @@ def train_and_evaluate(
         return _train(run, entered)
 
 
+# How often an evaluation is begun that never comes to its end.
+_ATTEMPTS = 5
+
+
 class Busy(UserError):  # noqa: N818 - nothing is wrong but the time
     """Another process trains in this workdir."""
 
@@ -117,7 +121,8 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         _note_start(workdir, begin, changed)
 
     # 2. The program, compiled before the first step, so that its needs are known.
-    reporter = reporting.Reporter(workdir, config.num_steps, begin)
+    evaluated = evaluate.read_results(workdir, begin) is not None
+    reporter = reporting.Reporter(workdir, config.num_steps, begin, evaluated=evaluated)
     if begin:
         lines = [f"resumed at step {begin} of {config.num_steps}", *changed]
         reporter.say("\n  changed: ".join(lines))
@@ -126,14 +131,15 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)
 
     # 3. The steps.
-    results, failure = evaluate.read_results(workdir, begin), None
-    running = None
+    results = failure = running = None
     with (
         contextlib.closing(batches),
         contextlib.closing(checkpoints),
         contextlib.closing(reporter),
         preemption.stop_signal() as stop,
     ):
+        if begin:
+            results, failure = _made_up(run, evaluation, state, begin, reporter, checkpoints)
         for at in range(begin + 1, config.num_steps + 1):
             last = at == config.num_steps
             _profile(config.profile_steps, at, workdir)
@@ -149,22 +155,21 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
 
             stopped = preemption.all_agreed(stop, at)
             log = last or at % config.log_every == 0
-            evaluates = last or at % config.eval_every == 0
-            saves = last or stopped or at % config.checkpoint_every == 0
-            if log or evaluates or saves:
+            evaluates = _evaluates(config, at)
+            saves = evaluates or stopped or at % config.checkpoint_every == 0
+            if log or saves:
                 message = fault_message(jax.device_get(state.fault))
                 if message:
                     raise NotFiniteError(message)
             if log:
                 reporter.scalars(at, _train_metrics(run, jax.device_get(state.window), at))
             with reporter.paused():
-                score = None
-                if evaluates:
-                    results, failure = _evaluate(evaluation, state, at, reporter)
-                    score = evaluation.score(results) if results else None
-                if saves:
+                if saves:  # first, so that an evaluation that ends the process costs no step
+                    evaluation.prepare(at)
                     reporter.sync()
-                    checkpoints.save(at, state, batches, score)
+                    checkpoints.save(at, state, batches)
+                if evaluates:
+                    results, failure = _evaluate(evaluation, state, at, reporter, checkpoints)
             if stopped and not last:
                 raise Preempted(
                     f"asked to stop: step {at} is saved in {workdir}; run again to go on"
@@ -175,10 +180,49 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
     return results
 
 
-def _evaluate(
-    evaluation: evaluate.Evaluation, state: Any, at: int, reporter: reporting.Reporter
+def _evaluates(config: ml_collections.ConfigDict, at: int) -> bool:
+    return at == config.num_steps or at % config.eval_every == 0
+
+
+def _made_up(
+    run: _Run,
+    evaluation: evaluate.Evaluation,
+    state: Any,
+    at: int,
+    reporter: reporting.Reporter,
+    checkpoints: Checkpoints,
 ) -> tuple[evaluate.Results | None, Exception | None]:
-    """Evaluates and reports; a failure is said and returned, for the steps are worth keeping."""
+    """The evaluation of the step at which a run goes on, made up for where it did not end.
+
+    What ends the process in the middle of it, such as a lack of memory, would do so at each start:
+    one that was begun several times and never ended is left out. (Several processes might see
+    different numbers, and would then wait for one another for ever.)
+    """
+    results = evaluate.read_results(run.workdir, at)
+    if results is not None:
+        score = evaluation.score(results)
+        if score is not None and not checkpoints.is_rated(at):
+            checkpoints.rate(at, score)
+        return results, None
+    if not _evaluates(run.config, at):
+        return None, None
+    if jax.process_count() == 1 and evaluation.begun(at) >= _ATTEMPTS:
+        reporter.say(
+            f"the evaluation at step {at} was begun {_ATTEMPTS} times and never ended: it is left "
+            "out. --mode=eval tries again; a smaller eval.batch_size needs less memory"
+        )
+        return None, None
+    return _evaluate(evaluation, state, at, reporter, checkpoints)
+
+
+def _evaluate(
+    evaluation: evaluate.Evaluation,
+    state: Any,
+    at: int,
+    reporter: reporting.Reporter,
+    checkpoints: Checkpoints,
+) -> tuple[evaluate.Results | None, Exception | None]:
+    """Evaluates, reports, rates; a failure is said and returned, as the steps are worth keeping."""
     try:
         results = evaluation(state.evaluated, at)
     except Exception as e:  # a full memory, a damaged image, a fault in a metric
@@ -189,8 +233,13 @@ def _evaluate(
         reporter.say(f"the evaluation at step {at} failed ({type(e).__name__}: {e}); going on")
         return None, e
     results.report(reporter)
-    if evaluation.score(results) is None:
+    reporter.sync()
+    score = evaluation.score(results)
+    if score is None:
         reporter.say(f"step {at} has no score: best_metric is undefined on these images")
+    else:
+        checkpoints.rate(at, score)
+    evaluation.finish(results)
     return results, None
 
 

@@ -463,6 +463,61 @@ def test_an_evaluation_that_fails_costs_no_step(data_dir, tmp_path, monkeypatch,
     assert checkpoint.latest_step(tmp_path) == 6
 
 
+def kill_in(monkeypatch, what):
+    """Ends the process, as far as this one can tell, where an evaluation counts or is rated."""
+
+    def die(*_, **__):
+        raise _Killed
+
+    monkeypatch.setattr(*what, die)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        (evaluate.Evaluation, "_count"),
+        (evaluate.Results, "report"),
+        (train.reporting.Reporter, "pictures"),
+        (checkpoint.Checkpoints, "rate"),
+        (evaluate.Evaluation, "finish"),
+    ],
+)
+def test_a_run_that_dies_within_an_evaluation_has_its_steps_and_makes_up_for_it(
+    what, unbroken, data_dir, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        kill_in(patch, what)
+        with pytest.raises(_Killed):
+            train.train_and_evaluate(make_config(data_dir), tmp_path)
+        assert checkpoint.latest_step(tmp_path) == 4
+        # Again and again, as a lack of memory would: the run gives this evaluation up, not itself.
+        if what[1] == "_count":
+            for _ in range(4):
+                with pytest.raises(_Killed):
+                    train.train_and_evaluate(make_config(data_dir), tmp_path)
+            with pytest.raises(_Killed):  # in that of the last step
+                train.train_and_evaluate(make_config(data_dir), tmp_path)
+            assert checkpoint.latest_step(tmp_path) == 6
+            return
+    train.train_and_evaluate(make_config(data_dir), tmp_path)
+    assert_bit_identical(unbroken[0], tmp_path)
+    for at in (4, 6):
+        scores = [
+            json.loads((w / "checkpoints" / str(at) / "metrics" / "metrics").read_text())
+            for w in (unbroken[0], tmp_path)
+        ]
+        assert scores[0] == scores[1]
+
+
+def test_a_score_that_is_lost_is_noted_again(unbroken, data_dir, tmp_path):
+    workdir = shutil.copytree(unbroken[0], tmp_path / "run")
+    path = workdir / "checkpoints" / "6" / "metrics" / "metrics"
+    before = path.read_text()
+    shutil.rmtree(path.parent)
+    train.train_and_evaluate(make_config(data_dir), workdir)
+    assert path.read_text() == before
+
+
 def test_a_last_evaluation_that_fails_is_an_error_after_everything_is_saved(
     data_dir, tmp_path, monkeypatch
 ):

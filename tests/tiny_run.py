@@ -40,7 +40,8 @@ def write(workdir, **changes):
     devices = parallel.Devices("pmap", 1)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", devices)
     position = types.SimpleNamespace(get_state=dict)
-    checkpoints.save(3, devices.replicate(state), position, 0.5)
+    checkpoints.save(3, devices.replicate(state), position)
+    checkpoints.rate(3, 0.5)
     checkpoints.close()
     return workdir
 

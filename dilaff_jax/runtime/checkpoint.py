@@ -14,6 +14,7 @@ import itertools
 import json
 import logging as stdlib_logging
 import pathlib
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -73,23 +74,44 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, state: Any, iterator: Any, score: float | None = None) -> None:
+    def save(self, step: int, state: Any, iterator: Any) -> None:
         """Starts writing; returns when the state has been copied off the devices.
-
-        score: of this step's evaluation, if there was one; the highest marks the best checkpoint.
 
         Raises:
             OSError: this one, or the one before in the background, could not be written.
         """
         position = iterator.get_state()
-        data = {"position": position, "digest": _digest(state, position, score)}
+        data = {"position": position, "digest": _digest(state, position)}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(_to_global(self._devices, state)),
             data=ocp.args.JsonSave(data),
         )
-        scores = None if score is None else {"score": score}
         with _writing(self._directory):
-            self._manager.save(step, args=arguments, metrics=scores, force=True)
+            self._manager.save(step, args=arguments, force=True)
+
+    def rate(self, step: int, score: float) -> None:
+        """Notes the score of a saved step's evaluation; the highest marks the best checkpoint.
+
+        Raises:
+            OSError: the checkpoint, or its score, could not be written.
+        """
+        with _writing(self._directory):
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                # In the form in which Orbax keeps them; whole, or not there.
+                part = self._directory / f".score-{step}"
+                shutil.rmtree(part, ignore_errors=True)
+                content = {"score": score, "crc": _crc_of_json(score)}
+                files.write_text(part / "metrics", json.dumps(content))
+                shutil.rmtree(self._directory / str(step) / "metrics", ignore_errors=True)
+                part.rename(self._directory / str(step) / "metrics")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"the score of step {step} is written")
+        self._manager.reload()
+
+    def is_rated(self, step: int) -> bool:
+        """Whether a saved step has a score."""
+        return (self._directory / str(step) / "metrics" / "metrics").exists()
 
     def restore(self, abstract: Any, iterator: Any) -> tuple[int, Any] | None:
         """Returns (step, state) of the newest checkpoint that can be read, or None without any.
@@ -143,10 +165,8 @@ class Checkpoints:
             ),
         )
         data, state = restored["data"], _from_global(self._devices, restored["state"])
-        position = data.get("position", data)  # without a digest the data item is the position
-        digest = _digest(state, position, _score_of(self._manager, step))
-        _check_digest(digest, data, self._directory / str(step))
-        return state, position
+        _check(state, data, self._manager.metrics(step), self._directory / str(step))
+        return state, _position(data)
 
     def _check_structure(self, step: int, abstract: Any) -> None:
         try:
@@ -231,8 +251,7 @@ def read_variables(
             )
             restored = manager.restore(step, args=arguments)
             state, data = restored["state"], restored["data"]
-            digest = _digest(state, data.get("position", data), _score_of(manager, step))
-            _check_digest(digest, data, folder / str(step))
+            _check(state, data, manager.metrics(step), folder / str(step))
         except Exception as e:  # whatever the file system or the codec raised
             raise _damaged(folder / str(step), _reason(e)) from e
     variables = parameter_names.averaged(state["params"], state["batch_stats"], state["average"])
@@ -276,8 +295,13 @@ def _writing(directory: pathlib.Path) -> Iterator[None]:
         ) from e
 
 
-def _digest(state: Any, position: Any, score: float | None) -> dict[str, str]:
-    """CRC-32 of every array of a state, of the data's position and of the score, by name.
+def _position(data: Mapping[str, Any]) -> Any:
+    """The data's position; without a digest the data item is it."""
+    return data.get("position", data)
+
+
+def _digest(state: Any, position: Any) -> dict[str, str]:
+    """CRC-32 of every array of a state and of the data's position, by name.
 
     Any change within 32 bits is found, another one but for 1 in 2³². Costs one copy of the state
     to the host; state on several devices or hosts is the same on all, so each takes its own.
@@ -290,12 +314,16 @@ def _digest(state: Any, position: Any, score: float | None) -> dict[str, str]:
     arrays = parameter_names.named(jax.device_get(state))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib leaves the interpreter free
         sums = dict(zip(arrays, pool.map(crc, arrays.values()), strict=True))
-    for name, value in (("data position", position), ("score", score)):
-        sums[name] = crc(np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8))
-    return sums
+    return sums | {"data position": _crc_of_json(position)}
 
 
-def _check_digest(computed: dict[str, str], data: Mapping[str, Any], path: pathlib.Path) -> None:
+def _crc_of_json(value: Any) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def _check(
+    state: Any, data: Mapping[str, Any], metrics: Mapping[str, Any] | None, path: pathlib.Path
+) -> None:
     """Raises UserError where something is not what was saved; warns if that cannot be known."""
     if "digest" not in data and "position" not in data:
         logging.warning(
@@ -304,7 +332,12 @@ def _check_digest(computed: dict[str, str], data: Mapping[str, Any], path: pathl
             path,
         )
         return
-    wanted = data["digest"]
+    computed, wanted = _digest(state, _position(data)), dict(data["digest"])
+    score = None if metrics is None else _score(metrics)
+    # Older versions saved the score with the rest, and a score without a sum of its own.
+    if "score" in wanted or (metrics is not None and "crc" in metrics):
+        computed["score"] = _crc_of_json(score)
+        wanted.setdefault("score", (metrics or {}).get("crc"))
     changed = sorted(k for k in computed.keys() | wanted.keys() if computed.get(k) != wanted.get(k))
     if changed:
         raise UserError(
@@ -335,11 +368,6 @@ def _set_aside(paths: list[pathlib.Path]) -> None:
             logging.warning("%s is set aside as %s", path, path.rename(next(free)).name)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("what cannot be read is set aside")
-
-
-def _score_of(manager: ocp.CheckpointManager, step: int) -> float | None:
-    metrics = manager.metrics(step)
-    return None if metrics is None else _score(metrics)
 
 
 def _reason(error: Exception) -> str:

@@ -30,15 +30,19 @@ class Reporter:
         num_steps: of the whole run, for the progress bar.
         step: at which the run goes on; later lines of metrics.jsonl are dropped, they will be
             written again.
+        evaluated: whether the evaluation of that step, if it has one, came to its end; else what it
+            left is dropped, too.
     """
 
-    def __init__(self, workdir: pathlib.Path, num_steps: int, step: int) -> None:
+    def __init__(
+        self, workdir: pathlib.Path, num_steps: int, step: int, evaluated: bool = True
+    ) -> None:
         self._active = jax.process_index() == 0
         self._seconds, self._rows, self._start = 0.0, 0, time.perf_counter()
         if not self._active:
             return
         self._path = workdir / "metrics.jsonl"
-        keep_until(self._path, step)
+        keep_until(self._path, step, evaluated)
         self._lines = self._path.open("a")
         import tensorboardX  # here, because it imports torch where that is installed
 
@@ -115,8 +119,10 @@ class Reporter:
             raise OSError(e.errno, e.strerror, str(self._path.parent)) from e
 
 
-def keep_until(path: pathlib.Path, step: int) -> None:
+def keep_until(path: pathlib.Path, step: int, evaluated: bool = True) -> None:
     """Drops the lines of a metrics.jsonl later than `step`, and a last line that is torn.
+
+    Where that step's evaluation is still to come, also the lines of one that was cut off.
 
     Atomic: at no time is there less than what is kept.
     """
@@ -125,7 +131,9 @@ def keep_until(path: pathlib.Path, step: int) -> None:
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            content = json.loads(line)
+            unfinished = not evaluated and any(key.startswith("eval/") for key in content)
+            if content["step"] <= step and not (unfinished and content["step"] == step):
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             break  # torn by a kill while it was written; nothing follows it
