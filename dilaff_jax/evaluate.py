@@ -142,6 +142,7 @@ class Evaluation:
             batch_size=batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            unit=devices.total,
         )
         placed = devices.replicate(dict(variables))
         device_counts: Any = None

@@ -357,6 +357,60 @@ def test_images_of_different_sizes_are_padded_and_their_sizes_kept(data_dir):
         assert (batch["label"][row][outside] == 255).all()
 
 
+@pytest.mark.parametrize(("processes", "unit"), [(1, 1), (1, 4), (2, 2)])
+def test_like_sizes_come_together_and_every_image_once(processes, unit):
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(100, 400, (50, 2))
+    sizes[17] = 3000, 4000  # one of a camera among small ones
+    sizes[18] = 10, 10
+    groups = pipeline.like_sizes(sizes, 8, unit)
+    assert sorted(i for group in groups for i in group.indices) == list(range(50))
+    areas = sizes.prod(axis=1)
+    median = next(g for g in groups if np.argsort(areas)[25] in g.indices)
+    for group in groups:
+        members = sizes[list(group.indices)]
+        assert (members <= group.size).all()
+        assert group.rows % unit == 0
+        assert group.rows <= 8
+        limit = 8 * np.prod(median.size)
+        assert group.rows == unit or group.rows * np.prod(group.size) <= limit
+        assert list(group.indices) == sorted(group.indices)
+    alone = next(g for g in groups if 17 in g.indices)
+    assert (alone.indices, alone.size, alone.rows) == ((17,), (3000, 4000), unit)
+    assert len(groups) <= 4
+    boxes = [np.prod(group.size) for group in groups]
+    assert all(2 * b <= a for a, b in itertools.pairwise(boxes))
+    one = pipeline.like_sizes(np.full((7, 2), 32), 4, unit)
+    assert one == (pipeline.Group(tuple(range(7)), (32, 32), 4),)
+
+
+def test_batches_of_like_sizes_hold_every_image_once(data_dir):
+    data = data_config.default(
+        dataset="image_folder/mixed", data_dir=str(data_dir), eval_split="train"
+    )
+    source = datasets.load(data, "train")
+    for processes in (1, 2):
+        batches = [
+            list(
+                eval_batches(
+                    data, batch_size=4, unit=2, process_index=process, process_count=processes
+                )
+            )
+            for process in range(processes)
+        ]
+        assert len({len(b) for b in batches}) == 1
+        found = [(b, r) for own in batches for b in own for r in np.flatnonzero(b["mask"])]
+        assert sorted(int(b["index"][r]) for b, r in found) == [0, 1, 2]
+        for b, r in found:
+            height, width = b["size"][r]
+            example = source[int(b["index"][r])]
+            np.testing.assert_array_equal(b["image"][r, :height, :width], example["image"])
+        # Of 600 and 312 pixels: like enough.
+        assert {b["image"].shape[1:3] for own in batches for b in own} == {(26, 30)}
+    data.eval_size = (32, 40)
+    assert next(eval_batches(data, batch_size=2, unit=1))["image"].shape == (2, 32, 40, 3)
+
+
 def test_a_given_eval_size_is_kept_and_too_small_a_one_refused(data_dir):
     data = data_config.default(
         dataset="image_folder/mixed", data_dir=str(data_dir), eval_split="train"

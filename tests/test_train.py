@@ -233,6 +233,33 @@ def test_evaluation_counts_every_image_once_whatever_the_batch(
     assert other.scalars == one.scalars
 
 
+def test_one_large_image_pads_no_other(data_dir, trained, tmp_path, monkeypatch):
+    """And every pixel of images of two sizes is counted once."""
+    for name, size in {**{str(i): (40, 32) for i in range(5)}, "huge": (160, 200)}.items():
+        data_files.save(data_files.picture(*size), tmp_path / "in/train/images" / f"{name}.png")
+        labels = data_files.classes_map(*size, classes=8)
+        labels[:2] = 255
+        data_files.save(labels, tmp_path / "in/train/labels" / f"{name}.png")
+    (tmp_path / "in" / "classes.txt").write_text("\n".join("abcdefgh"))
+    prepare.prepare("image_folder/sizes", tmp_path / "data", tmp_path / "in")
+    config = make_config(tmp_path / "data")
+    config.data.dataset = "image_folder/sizes"
+    source = datasets.load(config.data, "train")
+    shapes, shard = [], parallel.Devices.shard
+
+    def recorded(self, batch):
+        shapes.append(batch["image"].shape)
+        return shard(self, batch)
+
+    monkeypatch.setattr(parallel.Devices, "shard", recorded)
+    on = parallel.Devices("pmap", 2)
+    found = evaluate.Evaluation(config, trained[0], on, tmp_path / "run", source)(trained[1], 1)
+    assert set(shapes) == {(2, 160, 200, 3), (4, 40, 32, 3)}
+    assert found.scalars["images"] == 6
+    labelled = 5 * 38 * 32 + 158 * 200
+    assert int(found.counts["device"]["plain"].sum()) == labelled
+
+
 def test_predictions_are_index_pngs_from_which_the_metrics_follow(data_dir, trained, tmp_path):
     results = evaluation(data_dir, trained, tmp_path, 4, 4, predictions=True)
     source = trained[2]

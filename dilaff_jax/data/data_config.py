@@ -91,8 +91,8 @@ KEYS: schema.Section = {
     "eval_size": Key(
         schema.Unset(tuple),
         Rule("(height, width) in pixels, or None", lambda v: v is None or schema.is_size(v)),
-        "(height, width) that evaluation images are padded to, at the bottom and right; None: the "
-        "largest of the split.",
+        "(height, width) that evaluation images are padded to, at the bottom and right; None: "
+        "those of like size come together, padded to the largest of them.",
     ),
     "workers": Key(
         0,

@@ -16,7 +16,7 @@ reads and augments them. From that follows all that is promised here:
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,12 +92,28 @@ class TrainBatchAt:
         return self.batch_size // self.process_count * math.prod(self.augmentation.crop_size) * 4
 
 
+class Group(NamedTuple):
+    """Images of like size: their indices, the (height, width) they are padded to, rows of a batch.
+
+    The rows are those of all processes together.
+    """
+
+    indices: tuple[int, ...]
+    size: tuple[int, int]
+    rows: int
+
+    @property
+    def batches(self) -> int:
+        """Batches that hold every image once."""
+        return -(-len(self.indices) // self.rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalBatchAt:
     """Makes the rows of this process of an evaluation batch; see `eval_batches`."""
 
     source: datasets.Source
-    size: tuple[int, int]
+    groups: tuple[Group, ...]
     pad_rgb: tuple[int, int, int]
     batch_size: int
     process_index: int = 0
@@ -106,26 +122,31 @@ class EvalBatchAt:
     @property
     def num_batches(self) -> int:
         """Batches that hold every example once."""
-        return -(-len(self.source) // self.batch_size)
+        return sum(group.batches for group in self.groups)
 
     def __call__(self, step: int) -> Batch:
         """Rows beyond the last example are padding: mask False, index -1, size (0, 0)."""
-        rows = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * rows
+        group = self.groups[0]
+        for group in self.groups:
+            if step < group.batches:
+                break
+            step -= group.batches
+        rows = group.rows // self.process_count
+        first = step * group.rows + self.process_index * rows
         batch = {
-            "image": np.empty((rows, *self.size, 3), np.uint8),
-            "label": np.full((rows, *self.size), 255, np.uint8),
+            "image": np.empty((rows, *group.size, 3), np.uint8),
+            "label": np.full((rows, *group.size), 255, np.uint8),
             "mask": np.zeros(rows, bool),
             "size": np.zeros((rows, 2), np.int32),
             "index": np.full(rows, -1, np.int32),
         }
         batch["image"][:] = self.pad_rgb
-        for row in range(min(rows, len(self.source) - first)):
-            example = self.source[first + row]
+        for row, index in enumerate(group.indices[first : first + rows]):
+            example = self.source[index]
             batch["image"][row], batch["label"][row] = pad(
-                example["image"], example["label"], self.size, self.pad_rgb
+                example["image"], example["label"], group.size, self.pad_rgb
             )
-            batch["mask"][row], batch["index"][row] = True, first + row
+            batch["mask"][row], batch["index"][row] = True, index
             batch["size"][row] = example["label"].shape
         return batch
 
@@ -134,8 +155,8 @@ class EvalBatchAt:
         return {"batch_size": self.batch_size, "examples": len(self.source)}
 
     def nbytes(self) -> int:
-        """Size of a batch, but for a few bytes."""
-        return self.batch_size // self.process_count * math.prod(self.size) * 4
+        """Size of the largest batch, but for a few bytes."""
+        return max(g.rows * math.prod(g.size) for g in self.groups) // self.process_count * 4
 
 
 def train_batches(
@@ -195,8 +216,9 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    unit: int = 0,
 ) -> Batches:
-    """Every example of a split exactly once, in order, in batches of one static shape.
+    """Every example of a split exactly once, in batches of one static shape, or of a few.
 
     Args:
         config: `config.data`.
@@ -204,6 +226,8 @@ def eval_batches(
         batch_size: Size of the *global* batch.
         process_index: Which process this is.
         process_count: Of how many; all get equally many batches.
+        unit: 0 for one shape, and the examples in order. Else images of like size come together,
+            see `like_sizes`, in batches whose rows are a multiple of this, the number of devices.
 
     Returns:
         Iterator over `{"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W], "mask": bool [b],
@@ -215,9 +239,13 @@ def eval_batches(
             larger than `config.eval_size`.
     """
     _check_batch(batch_size, process_index, process_count)
+    size = eval_size(config, source)
+    groups: tuple[Group, ...] = (Group(tuple(range(len(source))), size, batch_size),)
+    if unit and config.eval_size is None:
+        groups = like_sizes(source.sizes, batch_size, unit)
     batch_at = EvalBatchAt(
         source,
-        eval_size(config, source),
+        groups,
         tuple(config.pad_rgb),
         batch_size,
         process_index,
@@ -228,8 +256,49 @@ def eval_batches(
     return Batches(batch_at, workers=workers, prefetch=config.prefetch)
 
 
+def like_sizes(sizes: np.ndarray, batch_size: int, unit: int) -> tuple[Group, ...]:
+    """Few groups of images, so that one large image costs memory and time once, not in every batch.
+
+    From the largest image down, a group holds areas to a quarter of its first; it joins the one
+    before where it would be padded to more than half of that one's area (tall images and wide ones
+    together need a box that is larger than each). Batches of larger images have fewer rows, so that
+    none has more pixels than `batch_size` images of the group of the median. Images of one size are
+    one group, in order. Our choice.
+
+    Args:
+        sizes: (height, width) of each image, `[N, 2]`.
+        batch_size: the most rows.
+        unit: what rows are a multiple of.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    areas = np.prod(sizes, axis=1)
+    order = np.argsort(-areas, kind="stable")
+    levels = np.floor(np.log(areas[order[0]] / areas[order]) / np.log(4) + 1e-9).astype(int)
+    members: list[np.ndarray] = []
+    for level in np.unique(levels):
+        group = order[levels == level]
+        if members and 2 * _box(sizes[group]).prod() > _box(sizes[members[-1]]).prod():
+            members[-1] = np.concatenate([members[-1], group])
+        else:
+            members.append(group)
+    boxes = [_box(sizes[group]) for group in members]
+    middle = next(i for i, group in enumerate(members) if order[len(order) // 2] in group)
+    budget = batch_size * int(np.prod(boxes[middle]))
+    groups = []
+    for group, box in zip(members, boxes, strict=True):
+        rows = min(batch_size, budget // int(np.prod(box)), -(-len(group) // unit) * unit)
+        rows = max(unit, rows // unit * unit)
+        indices = tuple(int(i) for i in np.sort(group))
+        groups.append(Group(indices, (int(box[0]), int(box[1])), rows))
+    return tuple(groups)
+
+
+def _box(sizes: np.ndarray) -> np.ndarray:
+    return sizes.max(axis=0)
+
+
 def eval_size(config: Any, source: datasets.Source) -> tuple[int, int]:
-    """The static (height, width) of evaluation images: `config.eval_size`, or what the split needs.
+    """The (height, width) of all evaluation images: `config.eval_size`, or what the split needs.
 
     It is not rounded up: padding changes predictions next to it, so sets of one size get none.
 
