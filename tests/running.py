@@ -1,5 +1,6 @@
 """Whole runs of `tests/tiny_config.py`, in this process or in one of their own, and what they left."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from dilaff_jax.runtime import reporting
 from tests import conftest, progress, tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -37,7 +39,8 @@ def start(data_dir, workdir, *options, devices=4, environment=(), **settings):
     if not (workdir / "compilation_cache").exists():
         conftest.COMPILED.mkdir(parents=True, exist_ok=True)
         (workdir / "compilation_cache").symlink_to(conftest.COMPILED)
-    flag = f"--xla_force_host_platform_device_count={devices}"
+    # Compiled as in this process, see conftest.
+    flag = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | settings
     return subprocess.Popen(
         command(data_dir, workdir, *options),
@@ -104,3 +107,23 @@ def assert_same_numbers(found, expected):
             # Figures of few pixels jump where one of them changes class by rounding.
             tolerance = 1e-5 if "loss" in key or "norm" in key else 2e-3
             assert a[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: without any chance to save."""
+
+
+@contextlib.contextmanager
+def killed_after(monkeypatch, step):
+    """A run within this process ends after so many steps."""
+    advance = reporting.Reporter.advance
+
+    def die(self, rows):
+        advance(self, rows)
+        if self._bar.n == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting.Reporter, "advance", die)
+        with pytest.raises(Killed):
+            yield

@@ -14,7 +14,14 @@ from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
 from dilaff_jax.preflight.run import run as preflight
 from tests import data_files, tiny_run
-from tests.running import assert_bit_identical, assert_same_numbers, lines, make_config, saved
+from tests.running import (
+    assert_bit_identical,
+    assert_same_numbers,
+    killed_after,
+    lines,
+    make_config,
+    saved,
+)
 
 NUMBER = len(tiny_run.NAMES)
 
@@ -59,20 +66,8 @@ def test_a_run_without_a_segmentation_has_edges_and_nothing_else(unbroken):
 def test_a_resumed_run_and_one_on_four_devices_are_the_same(
     unbroken, data_dir, tmp_path, monkeypatch
 ):
-    class Killed(BaseException):
-        pass
-
-    advance = train.reporting.Reporter.advance
-
-    def die(self, rows):
-        advance(self, rows)
-        if self._bar.n == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.reporting.Reporter, "advance", die)
-        with pytest.raises(Killed):
-            train.train_and_evaluate(alone(data_dir), tmp_path / "killed")
+    with killed_after(monkeypatch, 3):
+        train.train_and_evaluate(alone(data_dir), tmp_path / "killed")
     train.train_and_evaluate(alone(data_dir), tmp_path / "killed")
     assert_bit_identical(unbroken[0], tmp_path / "killed")
     config = alone(data_dir)

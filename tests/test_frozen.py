@@ -15,7 +15,7 @@ from dilaff_jax.preflight.run import run as preflight
 from dilaff_jax.runtime import checkpoint, parallel, parameter_names
 from tests import data_files
 from tests import test_step as of_step
-from tests.running import assert_bit_identical, lines, saved
+from tests.running import assert_bit_identical, killed_after, lines, saved
 from tests.running import make_config as run_config
 
 BASE = ("encoder", "decoder")
@@ -210,20 +210,8 @@ def test_a_killed_run_resumes_bit_identical_and_its_base_is_that_of_the_run_it_c
     config.optim.frozen = BASE
     unbroken = train.train_and_evaluate(config, tmp_path / "unbroken")
 
-    class Killed(BaseException):
-        pass
-
-    advance = train.reporting.Reporter.advance
-
-    def die(self, rows):
-        advance(self, rows)
-        if self._bar.n == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.reporting.Reporter, "advance", die)
-        with pytest.raises(Killed):
-            train.train_and_evaluate(config, tmp_path / "killed")
+    with killed_after(monkeypatch, 3):
+        train.train_and_evaluate(config, tmp_path / "killed")
     train.train_and_evaluate(config, tmp_path / "killed")
     assert_bit_identical(tmp_path / "unbroken", tmp_path / "killed")
     plain = {k: v for k, v in unbroken.scalars.items() if k.startswith("plain/")}

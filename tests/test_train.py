@@ -20,9 +20,11 @@ from dilaff_jax.report import run_summary
 from dilaff_jax.runtime import checkpoint, parallel
 from tests import data_files
 from tests.running import (
+    Killed,
     assert_bit_identical,
     assert_same_numbers,
     finish,
+    killed_after,
     lines,
     make_config,
     pair,
@@ -148,26 +150,13 @@ def test_tensorboard_gets_scalars_and_pictures(everything):
     np.testing.assert_array_equal(shown, kept)
 
 
-class _Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 3, 4, 5])
 def test_a_run_that_dies_after_any_step_resumes_bit_identical(
     at, unbroken, data_dir, tmp_path, monkeypatch
 ):
     """Dies without any chance to save; steps 1 and 3 lie between checkpoints."""
-    advance = train.reporting.Reporter.advance
-
-    def die(self, rows):
-        advance(self, rows)
-        if self._bar.n == at:
-            raise _Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.reporting.Reporter, "advance", die)
-        with pytest.raises(_Killed):
-            train.train_and_evaluate(make_config(data_dir), tmp_path)
+    with killed_after(monkeypatch, at):
+        train.train_and_evaluate(make_config(data_dir), tmp_path)
     train.train_and_evaluate(make_config(data_dir), tmp_path)
     assert_bit_identical(unbroken[0], tmp_path)
 
@@ -494,7 +483,7 @@ def kill_in(monkeypatch, what):
     """Ends the process, as far as this one can tell, where an evaluation counts or is rated."""
 
     def die(*_, **__):
-        raise _Killed
+        raise Killed
 
     monkeypatch.setattr(*what, die)
 
@@ -514,15 +503,15 @@ def test_a_run_that_dies_within_an_evaluation_has_its_steps_and_makes_up_for_it(
 ):
     with monkeypatch.context() as patch:
         kill_in(patch, what)
-        with pytest.raises(_Killed):
+        with pytest.raises(Killed):
             train.train_and_evaluate(make_config(data_dir), tmp_path)
         assert checkpoint.latest_step(tmp_path) == 4
         # Again and again, as a lack of memory would: the run gives this evaluation up, not itself.
         if what[1] == "_count":
             for _ in range(4):
-                with pytest.raises(_Killed):
+                with pytest.raises(Killed):
                     train.train_and_evaluate(make_config(data_dir), tmp_path)
-            with pytest.raises(_Killed):  # in that of the last step
+            with pytest.raises(Killed):  # in that of the last step
                 train.train_and_evaluate(make_config(data_dir), tmp_path)
             assert checkpoint.latest_step(tmp_path) == 6
             return
