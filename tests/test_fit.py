@@ -41,6 +41,9 @@ def data_dir(tmp_path_factory):
 def trained(data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "own"
     train.train_and_evaluate(make_config(data_dir), workdir)
+    # What is kept of a fit beside its result: the copies need not make it again.
+    fit.fit_run(with_grid(workdir), workdir)
+    (workdir / "refine.json").unlink()
     return workdir
 
 

@@ -42,7 +42,6 @@ def changed(before, after):
 @pytest.mark.parametrize(
     ("mode", "count", "options"),
     [
-        ("pmap", 1, {}),
         ("pmap", 4, {"accumulate": 2}),
         ("shard_map", 2, {"ema": 0.9}),
         ("shard_map", 1, {"name": "adamw", "weight_decay": 0.1, "clip_norm": 1.0}),
