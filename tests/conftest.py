@@ -48,6 +48,23 @@ def pytest_configure(config):
         config.pluginmanager.register(Report(config.invocation_params.dir / file))
 
 
+# Each runs in one process from its first test to its last: the longest begin first, or the others
+# have nothing to do at the end.
+LONGEST = (
+    *("test_train", "test_kill", "test_parity", "test_step", "test_hosts", "test_models_cpu"),
+    *("test_ablate", "test_study", "test_notebooks", "test_soak", "test_models", "test_encoders"),
+    *("test_frozen", "test_fit", "test_affinity_network", "test_fuzz", "test_configs"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
+
+
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 

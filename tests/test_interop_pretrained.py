@@ -225,6 +225,33 @@ def test_mobile_deeplab_of_tensorflow_segments_as_its_source_does(real_weights, 
     assert np.mean(labels[inside] == label) == pytest.approx(share, abs=0.01)
 
 
+def test_the_config_of_mobile_deeplab_labels_as_its_source_enlarges(real_weights):
+    """Loaded by the config's own words; scores go by stride 4, which costs next to nothing."""
+    from dilaff_jax.configs import voc2012_refine_mobile_deeplab
+
+    config = voc2012_refine_mobile_deeplab.get_config()
+    path = real_weights / "deeplabv3_mobilenet_v2_pascal_bnfolded.fp16.npz"
+    model = segmenter.build(config.model, 21)
+    blank = template(model)
+    variables = pretrained.load_model(model, blank, path, keep=config.init.keep, folded=True)
+    untouched = jax.tree.map(
+        np.array_equal, variables["params"]["affinity_head"], blank["params"]["affinity_head"]
+    )
+    assert jax.tree.all(untouched)
+    exact = {"segmentation": {}, "affinity": None}
+    coarse = segmenter.build(config.model.to_dict() | exact, 21)
+    rest = {k: {n: x for n, x in v.items() if n != "affinity_head"} for k, v in variables.items()}
+    for name in ("chelsea.png", "astronaut.png"):
+        image, inside = letterbox(name)
+        found = jax.jit(lambda x: model.apply(variables, x, train=False)["logits"])(image[None])
+        theirs = jax.jit(lambda x: coarse.apply(rest, x, train=False)["logits"])(image[None])
+        labels = np.argmax(resize.bilinear(found, (513, 513))[0], -1)
+        wanted = np.argmax(resize.bilinear(theirs, (513, 513), align_corners=True)[0], -1)
+        assert np.mean(labels[inside] == wanted[inside]) > 0.997
+        half_pixel = np.argmax(resize.bilinear(theirs, (513, 513))[0], -1)
+        assert np.mean(half_pixel[inside] == wanted[inside]) < 0.99
+
+
 def test_partial_resnet18_gives_its_stride_16_features(real_weights):
     from dilaff_jax.interop import torchvision_import
 
