@@ -262,6 +262,43 @@ def downsample_labels(
     return labels
 
 
+def close_void(
+    labels: Integer[ArrayLike, " *spatial"],
+    reach: int,
+    ndim: int = 2,
+    ignore_label: int = IGNORE_LABEL,
+) -> Integer[Array, " *spatial"]:
+    """Gives void within `reach` pixels of a class that class: strips between objects are closed.
+
+    In each of `reach` steps a void pixel takes the class of a neighbour along an axis, the first
+    that has one (before on the first axis, after, before on the second, ...), so that strips are
+    shared between both sides, and larger areas stay void but for their rim. PASCAL VOC parts all
+    objects by strips of about five pixels, across which no pair of small dilation has two classes.
+    Our choice.
+
+    Args:
+        labels: integers `[..., *spatial]`.
+        reach: steps, 0 for none; half the width of the strips, rounded up, closes them.
+        ndim: spatial axes.
+        ignore_label: what is void.
+
+    Raises:
+        UserError: `labels` are not integers.
+    """
+    labels = _check_labels(labels, ndim)
+    first = labels.ndim - ndim
+    steps = [s * e for e in np.eye(ndim, dtype=int) for s in (-1, 1)]
+    for _ in range(reach):
+        closed = labels
+        # The last to be written wins, so the first neighbour comes last.
+        for offset in reversed(steps):
+            beside = _shift(labels, offset, ignore_label, first)
+            takes = (labels == ignore_label) & (beside != ignore_label)
+            closed = jnp.where(takes, beside, closed)
+        labels = closed
+    return labels
+
+
 def mirror(
     half: Shaped[ArrayLike, " *spatial half"], offsets: Int[np.ndarray, " K ndim"]
 ) -> Shaped[Array, " *spatial K"]:

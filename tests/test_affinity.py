@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 import skimage.measure
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -235,3 +236,38 @@ def test_soft_targets_against_skimage_area_pooling():
 def test_soft_targets_need_whole_cells():
     with pytest.raises(ValueError, match=r"labels of size \(5, 4\) cannot be pooled to \(2, 2\)"):
         affinity.soft_targets(np.zeros((5, 4), int), affinity.offsets((1,)), (2, 2), 2)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 3])
+def test_void_takes_the_class_beside_it_within_reach(reach):
+    """Against distances along the grid: filled are pixels as near, with a class as near."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.repeat(rng.integers(0, 4, (4, 5)), 6, 0), 5, 1).astype(np.uint8)
+    labels[:, 4:8] = 255  # a strip
+    labels[12:20, 10:25] = 255  # a large area
+    labels[0, 0] = 255
+    found = np.asarray(affinity.close_void(jnp.asarray(labels)[None], reach)[0])
+    void = labels == 255
+    distance = scipy.ndimage.distance_transform_cdt(void, "taxicab")
+    np.testing.assert_array_equal(found == 255, distance > reach)
+    np.testing.assert_array_equal(found[~void], labels[~void])
+    rows, columns = np.nonzero(~void)
+    for y, x in np.argwhere(void & (distance <= reach)):
+        away = np.abs(rows - y) + np.abs(columns - x)
+        near = labels[rows[away == distance[y, x]], columns[away == distance[y, x]]]
+        assert found[y, x] in near
+    assert found.dtype == np.uint8
+
+
+def test_a_closed_strip_has_class_edges_at_dilation_one():
+    labels = np.zeros((1, 8, 12), np.uint8)
+    labels[:, :, 6:] = 1
+    labels[:, :, 4:8] = 255
+    offsets = affinity.offsets((1,))
+    open_, closed = (
+        affinity.targets(affinity.close_void(jnp.asarray(labels), n), offsets) for n in (0, 2)
+    )
+    assert (np.asarray(open_[0]) | ~np.asarray(open_[1])).all()
+    edges = ~np.asarray(closed[0]) & np.asarray(closed[1])
+    assert edges[0, 1:-1, [5, 6]].any()
+    assert not edges[0, :, :4].any()

@@ -159,6 +159,29 @@ def test_pairs_weigh_by_class_where_the_config_says_so():
     assert_same(parts.params, weighted.params, 1e-6)
 
 
+def test_strips_of_void_are_closed_for_affinities_alone():
+    config = make_config()
+    model, _ = make(config)
+    rng = np.random.default_rng(0)
+    outputs = {
+        "logits": rng.normal(size=(8, 4, 4, CLASSES)).astype(np.float32),
+        "affinity_logits": rng.normal(size=(8, 8, 8, 16)).astype(np.float32),
+    }
+    labels = make_batch()["label"]
+    labels[5:, 10:14] = 255
+    found = {}
+    for reach in (0, 2):
+        config.loss.void_strip = reach
+        found[reach] = jax.jit(Objective(config, model, CLASSES))(outputs, labels)
+        if not reach:
+            by_hand = jax.jit(Objective(config, model, CLASSES))(
+                outputs, affinity.close_void(labels, 2)
+            )
+    np.testing.assert_allclose(found[2]["affinity"].sum, by_hand["affinity"].sum, rtol=1e-6)
+    assert found[2]["affinity"].count > found[0]["affinity"].count
+    np.testing.assert_array_equal(found[2]["segmentation"].sum, found[0]["segmentation"].sum)
+
+
 def test_class_weights_of_pairs_have_to_fit():
     config = make_config()
     config.loss.affinity_class_weights = (1.0, 2.0)

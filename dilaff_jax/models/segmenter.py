@@ -11,7 +11,8 @@ package is named "module:attribute". The options of a variant are the module's o
 - An encoder has the fields `style`, `output_stride`, `mean` and `std` (RGB in [0, 255]); called
   with normalised images and `train` it returns features of nominal stride 2, 4, 8, 16, 32.
 - A decoder has the fields `num_classes` and `style`; called with these features and `train` it
-  returns (scores, the features they were made from), both at the stride it likes.
+  returns (scores, the features they were made from), both at the stride it likes. num_classes is 0
+  in an affinity network by itself: `layers.classifier` then scores nothing.
 - Both have a property `torch_keys`, see `interop.torch_layout`; () if there is no counterpart.
 """
 
