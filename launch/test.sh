@@ -16,5 +16,5 @@ ruff format --check .
 ruff check .
 lint-imports --no-cache
 mypy
-python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadscope \
+python -m pytest --numprocesses "${TEST_PROCESSES:-3}" --dist loadscope \
   --no-loadscope-reorder "$@"

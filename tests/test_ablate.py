@@ -193,7 +193,7 @@ def test_a_folder_of_a_run_that_gives_the_same_weights_is_taken(data_dir, tmp_pa
         ({"arms": ()}, "allowed: baseline"),
         ({"seeds": (1, 1)}, "expected different whole numbers"),
         ({"seeds": ()}, "expected different whole numbers"),
-        ({"criterion": "accuracy"}, "expected one of .miou., .miou.boundary_f."),
+        ({"criterion": "accuracy"}, "expected one of .miou., .boundary_f., .trimap_miou., "),
         ({"resamples": 0}, "expected a whole number above 0"),
     ],
 )

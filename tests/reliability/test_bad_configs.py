@@ -49,7 +49,8 @@ CONFIGS = cases(
         "unknown metric",
         {"best_metric": "iou"},
         "config.best_metric is 'iou'; expected one of miou, pixel_accuracy, mean_accuracy, "
-        "frequency_weighted_iou, boundary_iou, boundary_f, or iou/CLASS",
+        "frequency_weighted_iou, boundary_iou, boundary_f, affinity/mean/average_precision, "
+        "affinity/mean/f1, or iou/CLASS",
     ),
     (
         "metric that is not taken",

@@ -52,8 +52,8 @@ def in_a_weight(patch, bad):
 def in_the_loss(patch, bad):
     gradient = step.TrainStep._gradient
 
-    def poisoned(self, state, batch, key):
-        found, stats, terms, confusion = gradient(self, state, batch, key)
+    def poisoned(self, state, *others):
+        found, stats, terms, confusion = gradient(self, state, *others)
         terms = {**terms, "segmentation": poison(terms["segmentation"], state.step, bad)}
         return found, stats, terms, confusion
 
@@ -63,8 +63,8 @@ def in_the_loss(patch, bad):
 def in_the_gradient(patch, bad):
     gradient = step.TrainStep._gradient
 
-    def poisoned(self, state, batch, key):
-        found, *rest = gradient(self, state, batch, key)
+    def poisoned(self, state, *others):
+        found, *rest = gradient(self, state, *others)
         return (poison_first(found, state.step, bad), *rest)
 
     patch.setattr(step.TrainStep, "_gradient", poisoned)
