@@ -16,5 +16,6 @@ ruff format --check .
 ruff check .
 lint-imports --no-cache
 mypy
+# Three for two cores: some tests wait for other processes, and one is always in a compiler.
 python -m pytest --numprocesses "${TEST_PROCESSES:-3}" --dist loadscope \
   --no-loadscope-reorder "$@"
