@@ -6,7 +6,8 @@ r"""An affinity network by itself on CamVid at full resolution, for a CPU.
 
 EfficientNet-Lite0 with a light decoder, and a head on a grid of stride 2, since poles and cyclists
 are thinner than cells of stride 4. It says nothing of classes: what other networks say of street
-images is refined with it (docs/refine_your_model.md). Two CPU cores: within an hour.
+images is refined with it (docs/refine_your_model.md). Not measured yet: no figure of it is in
+results/.
 """
 
 import ml_collections

@@ -23,7 +23,7 @@ HELD_OUT = ("2007_000", "2007_001", "2007_002")
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Whole images of 513², batch 6: twenty minutes on two CPU cores."""
+    """Whole images of 513², batch 6: small enough for a CPU."""
     config = default.get_config()
     config.num_steps = 700
     config.batch_size = 6

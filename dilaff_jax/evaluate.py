@@ -179,11 +179,7 @@ class Evaluation:
             counts["transitions"] = metrics.transitions(before, after, truth, classes)
         for name in self.variants if settings.boundaries else ():
             prediction = view.predictions[name]
-            counts[name] = {
-                "iou": metrics.boundary_iou(prediction, truth, classes),
-                "f": metrics.boundary_f(prediction, truth, classes, settings.tolerance),
-                "trimaps": metrics.trimap(prediction, truth, classes),
-            }
+            counts[name] = metrics.boundary_counts(prediction, truth, classes, settings.tolerance)
         return counts
 
     def _summary(self, device: Mapping[str, Any], host: Mapping[str, Any]) -> dict[str, float]:

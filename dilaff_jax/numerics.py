@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# In place of a logit of -infinity, "never", where nobody looks for one: exp gives 0 all the same.
+NEVER = -1e4
 # Below this a probability is nothing but rounding.
 TINY = 1e-30
 

@@ -40,8 +40,8 @@ def from_aligned_corners(
     """`bilinear` to the size of the image with corners aligned, then to `size` without, in one.
 
     So what a network made whose scores are enlarged with `align_corners=True` gets a grid that can
-    be enlarged as all others are. Where `size` is a quarter of the image, the result is within
-    a pixel's interpolation of the original's. Our choice.
+    be enlarged as all others are. Enlarged again it differs from the original where that bends
+    within a cell of `size`. Our choice.
     """
     rows, columns = (
         jnp.asarray(matrix(full, n) @ _aligned_matrix(n_in, full))

@@ -7,7 +7,7 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Devices that wait for one another longer than 40 s are taken for dead; a loaded machine is not.
 # Tests compile hundreds of programs that run for milliseconds each: LLVM's level 1 instead of 3
-# takes a quarter off the time of the suite, and what is tested does not depend on it.
+# shortens the suite, and what is tested does not depend on it (test_parity does without).
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=4"

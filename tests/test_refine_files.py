@@ -256,6 +256,21 @@ def test_bad_truth_is_refused_by_name(model, folders):
         run(model, folders, truth="truth")
 
 
+def test_a_label_map_with_other_classes_is_refused_by_name(model, folders):
+    for name in NAMES:
+        data_files.save(np.full(SIZES[name], C, np.uint8), folders / "maps" / f"{name}.png")
+    with pytest.raises(DataError, match=r"a\.png: labels hold 3 at 1920 pixels; .* 0 to 2"):
+        run(model, folders, "maps", confidence=0.8)
+
+
+def test_a_name_may_hold_what_looks_like_a_suffix(model, folders):
+    """As exports of tools call them: frame.jpg.png is the image, frame.jpg.npy its result."""
+    for suffix, folder in ((".jpg", "images"), (".npy", "results")):
+        (folders / folder / f"a{suffix}").rename(folders / folder / f"a.jpg{suffix}")
+    run(model, folders)
+    assert (folders / "out" / "labels" / "a.jpg.png").exists()
+
+
 def test_two_images_of_one_name_are_refused(model, folders):
     data_files.save(picture((40, 48), 9), folders / "images" / "a.png")
     with pytest.raises(UserError, match=r"a\.(jpg|png) and .*a\.(jpg|png) have one name"):

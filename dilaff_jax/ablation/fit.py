@@ -126,7 +126,8 @@ def _fit(
 ) -> dict[str, Any]:
     grid = operators.grid(config.ablate.grid.to_dict())
     rows = config.eval.batch_size
-    bias = selection_lib.fit_bias(outputs, rows)
+    histogram = operators.edge_histograms(outputs, rows)["head"]
+    bias = metrics.fit_bias(histogram)
     scores = selection_lib.sweep(outputs, grid, bias, rows, config.eval.tolerance)
     choice = selection_lib.choose(grid, [scores], criterion, len(outputs))
     options = dict(choice.chosen.options)
@@ -135,7 +136,6 @@ def _fit(
     offsets = outputs.offsets
     assert offsets is not None
     dilations = affinity.distinct_dilations(offsets)
-    histogram = operators.edge_histograms(outputs, rows)["head"]
     content = {
         "refine": {"name": choice.chosen.operator, **options},
         "step": step,

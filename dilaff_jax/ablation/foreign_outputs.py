@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import cv2
 import jax
@@ -13,16 +12,11 @@ from tqdm import tqdm
 
 from dilaff_jax import resize
 from dilaff_jax.ablation.network_outputs import Batch, Outputs
-from dilaff_jax.data import images
-from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
-from dilaff_jax.labels import IGNORE_LABEL
+from dilaff_jax.numerics import NEVER
 from dilaff_jax.serving import foreign_files, network, predict_files, refine_files
 from dilaff_jax.serving.foreign_files import Form
 from dilaff_jax.serving.predictor import CELL, read_image
-
-# In place of -infinity, which the search for an operator does not look for.
-_NEVER = -1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +32,8 @@ class _Files:
     """Images, results and labels by index, in the form of a `datasets.Source`."""
 
     def __init__(self, inputs: Inputs, form: Form, net: network.Network) -> None:
-        named = refine_files.by_stem(
-            predict_files.find(inputs.images, inputs.images / ".no_output")
-        )
+        pictures = predict_files.find(inputs.images, inputs.images / ".no_output")
+        named = refine_files.by_result(inputs.images, pictures)
         self.names = list(named)
         self.results = foreign_files.find(
             inputs.results, named, "result", refine_files.RESULT_SUFFIXES
@@ -55,20 +48,8 @@ class _Files:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        name = self.names[index]
-        label = images.load_label(self._masks[name])
-        if label.shape != tuple(self.sizes[index]):
-            raise DataError(
-                f"{self._masks[name]}: {label.shape[0]} x {label.shape[1]} pixels; its image has "
-                f"{self.sizes[index][0]} x {self.sizes[index][1]}"
-            )
-        wrong = label[(label != IGNORE_LABEL) & ((label < 0) | (label >= self.num_classes))]
-        if wrong.size:
-            raise DataError(
-                f"{self._masks[name]}: holds the value {wrong[0]}; expected classes 0 to "
-                f"{self.num_classes - 1}, or {IGNORE_LABEL}"
-            )
-        return {"label": label.astype(np.uint8)}
+        mask = self._masks[self.names[index]]
+        return {"label": foreign_files.read_labels(mask, self.num_classes, self.sizes[index])}
 
     def image(self, index: int) -> np.ndarray:
         """RGB uint8."""
@@ -76,19 +57,19 @@ class _Files:
 
     def logits(self, index: int) -> np.ndarray:
         """At the size of the image, finite."""
-        size = tuple(self.sizes[index])
+        size = self.sizes[index]
         given = foreign_files.read(self.results[self.names[index]], self.form, size)
         full = resize.bilinear_logits(
             jnp.asarray(given), size, align_corners=self.form.align_corners
         )
-        return np.maximum(np.asarray(full), _NEVER)
+        return np.maximum(np.asarray(full), NEVER)
 
 
 @dataclasses.dataclass
 class ForeignOutputs(Outputs):
     """`Outputs` whose logits are read from files, batch by batch."""
 
-    given: Any = None
+    source: _Files  # type: ignore[assignment]
 
     def batches(self, rows: int, indices: np.ndarray | None = None) -> Iterator[Batch]:
         """As those of `Outputs`; beyond an image its last row and column are repeated."""
@@ -97,7 +78,7 @@ class ForeignOutputs(Outputs):
         for start in range(0, len(every), rows):
             own = every[start : start + rows]
             filled = np.resize(own, rows)
-            logits = {int(i): self._padded(self.given.logits(int(i))) for i in own}
+            logits = {int(i): self._padded(self.source.logits(int(i))) for i in own}
             yield Batch(
                 own, np.stack([logits[int(i)] for i in filled]), self.affinity_logits[filled]
             )
@@ -153,13 +134,12 @@ def compute(
             bar.update(len(own))
     jax.clear_caches()
     outputs = ForeignOutputs(
-        source=source,  # type: ignore[arg-type]
+        source=source,
         size=(size[0], size[1]),
         logits=np.empty((len(source), 0)),
         affinity_logits=np.stack(maps),
         offsets=model.offsets,
         about={"files": str(inputs.images), "step": step},
         folder=folder,
-        given=source,
     )
     return outputs, step

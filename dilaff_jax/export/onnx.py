@@ -83,15 +83,9 @@ def flattened(
     once traced, no layer is left to be replaced. It knows no platforms either: layers are Flax's
     own, and of what is written for one platform beside others the default is taken.
     """
-    function = _function(network, refiner=len(inputs) > 1)
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
+    make = stablehlo.refinement if len(inputs) > 1 else stablehlo.program
+    traced, shapes = jax.make_jaxpr(make(network, "gpu"), return_shape=True)(*inputs)
     return sorted(shapes), functools.partial(_run, traced.jaxpr, traced.consts)
-
-
-def _function(network: Network, *, refiner: bool) -> Callable[..., dict[str, jax.Array]]:
-    if refiner:
-        return stablehlo.refinement(network, "gpu")
-    return stablehlo.program(network, "gpu")
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], *arguments: Any) -> list[Any]:

@@ -28,12 +28,11 @@ from jax import export as jax_export
 from dilaff_jax import propagate, resize
 from dilaff_jax.errors import UserError
 from dilaff_jax.models.cpu import dispatch
+from dilaff_jax.numerics import NEVER
 from dilaff_jax.runtime import files
 from dilaff_jax.serving.exported import FORMAT, METADATA, PROGRAM
 from dilaff_jax.serving.network import Network, from_run
 
-# In place of -infinity, where nobody looks for it.
-_NEVER = -1e4
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of which height and width are tried to be multiples, until the network's shapes are certain.
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
@@ -143,7 +142,7 @@ def refinement(
         with dispatch.made_for(platform):
             _, affinity_logits = network.apply(network.variables, images)
         assert affinity_logits is not None
-        logits = jnp.maximum(logits, _NEVER)
+        logits = jnp.maximum(logits, NEVER)
         labels, probs = propagate.refine_logits(
             logits, affinity_logits, offsets, images.shape[1:3], refine, finite=True
         )

@@ -9,6 +9,7 @@ Counting and dividing are apart: `confusion`, `affinity_histogram` (on the devic
 from dilaff_jax.metrics.boundary import (
     WIDTHS,
     BoundaryF,
+    boundary_counts,
     boundary_distance,
     boundary_f,
     boundary_iou,
@@ -50,6 +51,7 @@ __all__ = [
     "affinity_summary",
     "average_precision",
     "best_f1",
+    "boundary_counts",
     "boundary_distance",
     "boundary_f",
     "boundary_iou",

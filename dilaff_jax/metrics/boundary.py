@@ -8,7 +8,7 @@ middle. Void pixels are never counted. Cut the padding of a batch off before: it
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -153,6 +153,24 @@ def boundary_f(
         images[c] = bool(matches[0] or matches[2])
         score_sum[c] = np.nan_to_num(f_score(matches))
     return BoundaryF(_matches(predicted, true, tolerance), score_sum, images)
+
+
+def boundary_counts(
+    pred: Integer[ArrayLike, " *spatial"],
+    labels: Integer[ArrayLike, " *spatial"],
+    num_classes: int,
+    tolerance: float,
+) -> dict[str, Any]:
+    """All counts of one image that need its boundaries, by their names in `boundary_summary`.
+
+    Raises:
+        UserError: as `trimap`.
+    """
+    return {
+        "iou": boundary_iou(pred, labels, num_classes),
+        "f": boundary_f(pred, labels, num_classes, tolerance),
+        "trimaps": trimap(pred, labels, num_classes),
+    }
 
 
 def boundary_summary(

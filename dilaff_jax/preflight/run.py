@@ -58,16 +58,12 @@ class Programs:
         devices: Devices,
     ) -> None:
         self._config, self._devices, self._eval_size = config, devices, eval_size
-        self._num_classes = num_classes
+        self._num_classes, self._image = num_classes, (1, *config.data.crop_size, 3)
         self._model = segmenter.build(segmenter.config_of_run(config), num_classes, axis_name=AXIS)
-        tx, _ = optim.optimiser(config.optim, config.num_steps)
-        self._train = TrainStep(config, self._model, num_classes, tx)
-        thawed = config.copy_and_resolve_references()
-        thawed.optim.frozen = ()
-        self._thawed = TrainStep(thawed, self._model, num_classes, tx)
+        self._tx, _ = optim.optimiser(config.optim, config.num_steps)
+        self._train = TrainStep(config, self._model, num_classes, self._tx)
         self._eval = EvalStep(config, self._model, num_classes)
-        self._image = (1, *config.data.crop_size, 3)
-        self._state = self._abstract(self._train)
+        self._state = jax.eval_shape(lambda: self._train.init(self._image))
 
     def all(self, rows: int) -> dict[str, tuple[Callable[[int], Any], int]]:
         """{name: (what lowers it, images a device)}; the training step with `rows`."""
@@ -75,7 +71,7 @@ class Programs:
         programs: dict[str, tuple[Callable[[int], Any], int]]
         programs = {TRAIN: (self.train_step, rows)}
         if self._config.optim.frozen:
-            programs[NOTHING_FROZEN] = (lambda rows: self._lower_step(self._thawed, rows), rows)
+            programs[NOTHING_FROZEN] = (self.thawed_step, rows)
         programs["eval step"] = (self.eval_step, evaluated)
         if self._model.offsets is not None:
             programs["propagation"] = (self.propagation, evaluated)
@@ -83,7 +79,14 @@ class Programs:
 
     def train_step(self, rows: int) -> Any:
         """The training step with `rows` images a device, lowered."""
-        return self._lower_step(self._train, rows)
+        return self._lower_step(self._train, self._state, rows)
+
+    def thawed_step(self, rows: int) -> Any:
+        """The training step as it would be with nothing frozen, lowered."""
+        config = self._config.copy_and_resolve_references()
+        config.optim.frozen = ()
+        step = TrainStep(config, self._model, self._num_classes, self._tx)
+        return self._lower_step(step, jax.eval_shape(lambda: step.init(self._image)), rows)
 
     def eval_step(self, rows: int) -> Any:
         """The evaluation step, lowered."""
@@ -107,13 +110,9 @@ class Programs:
 
         return self._lower(self._devices.map(program, out="sharded"), (), maps)
 
-    def _lower_step(self, train_step: TrainStep, rows: int) -> Any:
+    def _lower_step(self, train_step: TrainStep, state: Any, rows: int) -> Any:
         program = self._devices.map(train_step, out="replicated", donate=True)
-        batch = self._batch(rows, self._config.data.crop_size)
-        return self._lower(program, self._abstract(train_step), batch)
-
-    def _abstract(self, train_step: TrainStep) -> Any:
-        return jax.eval_shape(lambda: train_step.init(self._image))
+        return self._lower(program, state, self._batch(rows, self._config.data.crop_size))
 
     def _batch(self, rows: int, size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (rows * self._devices.total, *size)

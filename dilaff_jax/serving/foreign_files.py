@@ -11,7 +11,7 @@ import numpy as np
 from dilaff_jax.data import folders, images, source_record
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
-from dilaff_jax.labels import IGNORE_LABEL
+from dilaff_jax.labels import IGNORE_LABEL, check_values
 from dilaff_jax.numerics import TINY
 
 Layout: TypeAlias = Literal["hwc", "chw"]
@@ -115,6 +115,32 @@ def read(path: pathlib.Path, form: Form, size: tuple[int, int]) -> np.ndarray:
     return logits
 
 
+def read_labels(
+    path: pathlib.Path, num_classes: int, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """A label map of classes 0 to C - 1 and 255, uint8 `[H, W]`.
+
+    Args:
+        path: that `images.load_label` reads.
+        num_classes: C.
+        size: (height, width) of its image; None where it is checked elsewhere.
+
+    Raises:
+        DataError: the file is damaged, of another size, or holds other values.
+    """
+    label = images.load_label(path)
+    if size is not None and label.shape != tuple(size):
+        raise DataError(
+            f"{path}: {label.shape[0]} x {label.shape[1]} pixels; its image has "
+            f"{size[0]} x {size[1]}"
+        )
+    try:
+        check_values(label, num_classes, IGNORE_LABEL)
+    except UserError as error:
+        raise DataError(f"{path}: {error}") from error
+    return label.astype(np.uint8)
+
+
 def count_classes(path: pathlib.Path, form: Form) -> int:
     """How many classes an array is of; 0 where nobody says which axis is theirs."""
     if form.layout is None:
@@ -194,20 +220,13 @@ def _are_probabilities(array: np.ndarray) -> bool:
 
 
 def _of_labels(path: pathlib.Path, form: Form) -> np.ndarray:
-    labels, classes = images.load_label(path), form.num_classes
     if form.confidence is None:
         raise DataError(
             f"{path}: a label map says nothing of how sure it is; give --confidence=0.9, the "
             "probability of its classes, or give logits"
         )
+    labels, classes = read_labels(path, form.num_classes), form.num_classes
     valid = labels != IGNORE_LABEL
-    values = labels[valid]
-    if values.size and (values.min() < 0 or values.max() >= classes):
-        wrong = next(v for v in np.unique(values) if not 0 <= v < classes)
-        raise DataError(
-            f"{path}: holds the value {wrong}; expected classes 0 to {classes - 1}, or "
-            f"{IGNORE_LABEL} where it says nothing"
-        )
     rest = (1 - form.confidence) / max(classes - 1, 1)
     probs = np.full((*labels.shape, classes), rest, np.float32)
     np.put_along_axis(

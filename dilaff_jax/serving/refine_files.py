@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dilaff_jax import metrics
-from dilaff_jax.data import folders, images
+from dilaff_jax.data import images
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.labels import IGNORE_LABEL
@@ -26,7 +26,6 @@ from dilaff_jax.serving.video import SUFFIXES
 from dilaff_jax.serving.writer import Options, Writer, write_classes
 
 PLAIN, REFINED = "before", "after"
-_SUFFIXES = {s for suffix in folders.IMAGE_SUFFIXES for s in (suffix, suffix.upper())}
 MAP_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 RESULT_SUFFIXES = (*ARRAYS, *MAP_SUFFIXES)
 # Of the table: the figures that a person asks for first.
@@ -98,7 +97,7 @@ def refine(
     clips = [path.name for path in pictures.values() if path.suffix.lower() in SUFFIXES]
     if clips:
         raise UserError(f"{', '.join(clips[:3])}: a video; give its frames as images")
-    names = by_stem(pictures)
+    names = by_result(source, pictures)
     given = foreign_files.find(results, names, "result", RESULT_SUFFIXES)
     masks = foreign_files.find(truth, names, "label map", MAP_SUFFIXES) if truth else {}
     predict_files.check_targets(pictures | {f"result {k}": v for k, v in given.items()}, options)
@@ -107,7 +106,8 @@ def refine(
     counts, changed, pixels, classes = None, 0, 0, None
     with Writer(options) as writer:
         for name, path in tqdm(predict_files.by_size(pictures), unit="image"):
-            result = _refined(predictor, path, given[_stem(name)], form)
+            own = result_name(source, path)
+            result = _refined(predictor, path, given[own], form)
             if classes is None:
                 classes = result.classes
                 write_classes(options.output, classes)
@@ -115,7 +115,7 @@ def refine(
             changed += int((result.labels != result.plain).sum())
             pixels += result.labels.size
             if truth:
-                new = _counts(result, masks[_stem(name)], tolerance)
+                new = _counts(result, masks[own], tolerance)
                 counts = metrics.add(new, *([counts] if counts else []))
     figures, transitions = {}, {}
     if counts and classes:
@@ -127,18 +127,21 @@ def refine(
     return summary
 
 
-def _stem(name: str) -> str:
-    """A name of `predict_files.find` without the suffix that it keeps where names collide."""
-    path = pathlib.PurePosixPath(name)
-    return path.with_suffix("").as_posix() if path.suffix in _SUFFIXES else name
+def result_name(source: pathlib.Path, image: pathlib.Path) -> str:
+    """The name of an image's result: its path within the source, without suffix."""
+    within = pathlib.Path(image.name) if source.is_file() else image.relative_to(source)
+    return within.with_suffix("").as_posix()
 
 
-def by_stem(pictures: Mapping[str, pathlib.Path]) -> dict[str, pathlib.Path]:
-    """Images by the names that their results have: without suffix. Raises UserError for doubles."""
+def by_result(
+    source: pathlib.Path, pictures: Mapping[str, pathlib.Path]
+) -> dict[str, pathlib.Path]:
+    """Images by the names of their results. Raises UserError for two of one name."""
     names: dict[str, pathlib.Path] = {}
-    for name, path in pictures.items():
-        if names.setdefault(_stem(name), path) != path:
-            raise UserError(f"{names[_stem(name)]} and {path} have one name; rename one of them")
+    for path in pictures.values():
+        first = names.setdefault(result_name(source, path), path)
+        if first != path:
+            raise UserError(f"{first} and {path} have one name; rename one of them")
     return names
 
 
@@ -173,28 +176,16 @@ def _refined(predictor: Predictor, image: pathlib.Path, result: pathlib.Path, fo
 
 def _counts(result: Result, mask: pathlib.Path, tolerance: float) -> dict[str, Any]:
     """What is counted of one image, in the form of `metrics`."""
-    truth, number = images.load_label(mask), len(result.classes.names)
-    if truth.shape != result.labels.shape:
-        raise DataError(
-            f"{mask}: {truth.shape[0]} x {truth.shape[1]} pixels; its image has "
-            f"{result.labels.shape[0]} x {result.labels.shape[1]}"
-        )
-    try:
-        # First, for it checks what the others take as it is.
-        transitions = metrics.transitions(result.plain, result.labels, truth, number)
-        counts: dict[str, Any] = {
-            name: {
-                "confusion": metrics.host_confusion(labels, truth, number, truth != IGNORE_LABEL),
-                "iou": metrics.boundary_iou(labels, truth, number),
-                "f": metrics.boundary_f(labels, truth, number, tolerance),
-                "trimaps": metrics.trimap(labels, truth, number),
-            }
-            for name, labels in ((PLAIN, result.plain), (REFINED, result.labels))
+    plain, labels, number = result.plain, result.labels, len(result.classes.names)
+    truth = foreign_files.read_labels(mask, number, labels.shape)
+    counts: dict[str, Any] = {
+        name: {
+            "confusion": metrics.host_confusion(found, truth, number, truth != IGNORE_LABEL),
+            **metrics.boundary_counts(found, truth, number, tolerance),
         }
-        counts["transitions"] = transitions
-    except UserError as error:
-        raise DataError(f"{mask}: {error}") from error
-    return counts
+        for name, found in ((PLAIN, plain), (REFINED, labels))
+    }
+    return counts | {"transitions": metrics.transitions(plain, labels, truth, number)}
 
 
 def _figures(counts: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
