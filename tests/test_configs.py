@@ -3,6 +3,7 @@
 import collections
 import importlib
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,14 @@ CONFIGS = sorted(
     for path in (pathlib.Path(__file__).resolve().parents[1] / "configs").glob("*.py")
     if path.stem != "__init__"
 )
-CLASSES = {"shapes": 8, "camvid": 11, "voc2012_seg": 21, "cityscapes": 19, "scene_parse150": 150}
+CLASSES = {
+    "shapes": 8,
+    "shapes/hard": 8,
+    "camvid": 11,
+    "voc2012_seg": 21,
+    "cityscapes": 19,
+    "scene_parse150": 150,
+}
 FACADE = "building,car,door,pavement,road,sky,vegetation,window"
 FACADE_SET = "image_folder/labelmefacade"
 CLASSES[FACADE_SET] = len(FACADE.split(","))
@@ -43,7 +51,8 @@ def data_dir(tmp_path_factory):
     """All data sets in miniature, from archives of the official layouts."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")
     data_files.tiny_shapes(target, train=4)
-    (target / "shapes" / "tiny" / "1.0.0").rename(target / "shapes" / "1.0.0")
+    shutil.copytree(target / "shapes" / "tiny" / "1.0.0", target / "shapes" / "1.0.0")
+    (target / "shapes" / "tiny").rename(target / "shapes" / "hard")
     for split in ("train", "val"):
         images, masks = f"{split}/images", f"{split}/labels"
         frames = [f"{sequence}_{split}" for sequence in ("0001TP", "0006R0")]

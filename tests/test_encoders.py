@@ -20,15 +20,17 @@ NAMES = (
     "efficientnet_lite0",
     "efficientnet_lite1",
     "efficientnet_lite2",
+    "unet",
 )
 # One of each kind; the others differ by a table only, and the parity report runs them all.
-KINDS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0")
+KINDS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0", "unet")
 # The same with as few blocks as have every kind of layer, for what compiles slowly.
 SHORT = {
     "resnet18": {"depths": (1, 2), "stages": 2},
     "resnet50": {"depths": (1, 2), "stages": 2},
     "mobilenet_v2": {"table": ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 1, 2, 3))},
     "efficientnet_lite0": {"table": ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 1, 2, 5))},
+    "unet": {"widths": (4, 6, 8)},
 }
 CHANNELS = {
     "resnet18": (64, 64, 128, 256, 512),
@@ -40,7 +42,12 @@ CHANNELS = {
     "efficientnet_lite0": (16, 24, 40, 112, 320),
     "efficientnet_lite1": (16, 24, 40, 112, 320),
     "efficientnet_lite2": (16, 24, 48, 120, 352),
+    "unet": (64, 128, 256, 512, 1024),
 }
+
+
+def finest_stride(encoder):
+    return getattr(encoder, "finest_stride", 2)
 
 
 def noise(*shape, seed=0):
@@ -65,7 +72,7 @@ def random_variables(module, x):
 
 def test_every_encoder_is_tested_here():
     found = set()
-    for module in ("resnet", "mobilenet_v2", "efficientnet_lite"):
+    for module in ("resnet", "mobilenet_v2", "efficientnet_lite", "unet"):
         package = __import__(f"{encoders.__name__}.{module}", fromlist=["VARIANTS"])
         found |= set(package.VARIANTS)
     assert found == set(NAMES)
@@ -77,7 +84,7 @@ def test_features_have_the_stated_strides_and_channels(name, output_stride, size
     encoder = segmenter.build_encoder(name, output_stride=output_stride)
     x = jnp.zeros((2, *size, 3))
     features, _ = jax.eval_shape(lambda: encoder.init_with_output(jax.random.key(0), x, False))
-    strides = [min(2**i, output_stride) for i in range(1, 6)]
+    strides = [min(finest_stride(encoder) * 2**i, output_stride) for i in range(5)]
     assert [f.shape for f in features] == [
         (2, *(-(-n // s) for n in size), c) for s, c in zip(strides, CHANNELS[name], strict=True)
     ]
@@ -93,11 +100,38 @@ def test_dilation_computes_the_strided_features_more_densely(name):
     for output_stride in (8, 16):
         dilated = segmenter.build_encoder(name, output_stride=output_stride)
         features = jax.jit(dilated.apply, static_argnums=2)(variables, x, False)
-        for level, (ours, theirs) in enumerate(zip(features, expected, strict=True), start=1):
-            step = max(2**level // output_stride, 1)
+        for level, (ours, theirs) in enumerate(zip(features, expected, strict=True)):
+            step = max(finest_stride(dilated) * 2**level // output_stride, 1)
             np.testing.assert_allclose(
                 ours[:, ::step, ::step], theirs, atol=2e-5 * np.abs(theirs).max()
             )
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_the_unet_is_the_same_in_torch(output_stride):
+    """Two convolutions with BatchNorm a scale; the fifth scale strides or, at 8, dilates."""
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    x = noise(2, 35, 50, 3)
+    encoder = segmenter.build_encoder("unet", output_stride=output_stride, widths=(3, 5, 4, 6, 7))
+    variables = random_variables(encoder, x)
+
+    def layer(y, scale, name, stride, dilation):
+        params = variables["params"][scale][name]
+        stats = variables["batch_stats"][scale][name]["norm"]
+        kernel = torch.tensor(params["conv"]["kernel"]).permute(3, 2, 0, 1)
+        y = functional.conv2d(y, kernel, stride=stride, padding=dilation, dilation=dilation)
+        args = (stats["mean"], stats["var"], params["norm"]["scale"], params["norm"]["bias"])
+        return functional.relu(functional.batch_norm(y, *map(torch.tensor, args)))
+
+    expected, y = [], torch.tensor(x).permute(0, 3, 1, 2)
+    for i in range(5):
+        dilates = output_stride == 8 and i == 4
+        y = layer(y, f"scale_{i}", "conv0", 2 if i and not dilates else 1, 1)
+        y = layer(y, f"scale_{i}", "conv1", 1, 2 if dilates else 1)
+        expected.append(y.permute(0, 2, 3, 1).numpy())
+    for ours, theirs in zip(encoder.apply(variables, x, False), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_multi_grid_multiplies_the_dilations_of_the_last_stage():
@@ -177,7 +211,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters(name):
         assert 0 < np.abs(a.astype(np.float32) - b).mean() < 0.03 * np.abs(b).mean()
 
 
-@pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0", "unet"])
 def test_remat_changes_neither_values_nor_gradients_nor_names(name):
     x = noise(1, 33, 33, 3)
     plain = segmenter.build_encoder(name, **SHORT[name])
@@ -314,6 +348,7 @@ def test_same_padding_pads_as_tensorflow_does(size, stride, dilation):
         ({"name": "resnet50", "stages": 5}, "stages is 5; allowed: 1, 2, 3, 4"),
         ({"name": "resnet50", "depth": 3}, "encoder_options has no key 'depth'.*depths"),
         ({"name": "mobilenet_v2", "padding": "valid"}, "padding is 'valid'.*'same'"),
+        ({"name": "unet", "widths": ()}, r"widths are \(\); give one or more"),
     ],
 )
 def test_wrong_options_are_refused_with_what_is_allowed(options, message):

@@ -140,6 +140,42 @@ def test_the_head_stands_at_its_stride_whatever_it_reads(stride, sources):
     assert set(sources) <= names
 
 
+UNET = {
+    "encoder": "unet",
+    "encoder_options": {"widths": (4, 6, 8)},
+    "decoder": "unet",
+    "decoder_options": {"widths": (6,)},
+}
+
+
+@pytest.mark.parametrize("size", [(33, 47), (1, 9)])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_head_reads_the_maps_of_a_unet_at_their_own_strides(stride, size):
+    sources = ("decoder", "stride4", "stride2", "stride1", "image")
+    head = {"width": 8, "stride": stride, "sources": sources, "dilations": (1, 3)}
+    model = segmenter.build(UNET | {"affinity": head}, 5)
+    variables = variables_of(model, photos(1, 33, 47))
+    layers = variables["params"]["affinity_head"]
+    halvings = {s: sum(f"{s}_down" in name for name in layers) for s in sources}
+    per_source = {1: (0, 0, 0, 0, 0), 2: (0, 0, 0, 1, 0), 4: (0, 0, 1, 2, 1)}[stride]
+    assert halvings == {"decoder": {4: 1}.get(stride, 0)} | dict(
+        zip(sources[1:], per_source[1:], strict=True)
+    )
+    out = model.apply(variables, np.full((1, *size, 3), 99, np.uint8), train=False)
+    assert out["affinity_logits"].shape == (1, *(-(-n // stride) for n in size), 16)
+    assert out["logits"].shape == (1, *(-(-n // 2) for n in size), 5)
+
+
+def test_a_map_that_the_encoder_does_not_give_is_refused_with_those_that_it_gives():
+    for config, source, given in (
+        (SMALL, "stride1", "stride2, stride4"),
+        (UNET, "stride8", "stride1, stride2, stride4, decoder"),
+    ):
+        model = segmenter.build(config | {"affinity": {"sources": (source, "image")}}, 5)
+        with pytest.raises(ValueError, match=f"'{source}', which this encoder.*gives {given}"):
+            variables_of(model, photos())
+
+
 def test_the_head_reads_only_what_it_is_told_to():
     x = jnp.asarray(photos(1), jnp.float32)
 

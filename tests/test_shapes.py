@@ -9,9 +9,11 @@ import pytest
 from dilaff_jax.data import data_config, datasets, prepare, shapes
 from dilaff_jax.data.shapes import BAR, CHECKS, CLASSES, DISC, DOTS, POLYGON, RING, STRIPES
 
+HARD, EASY = (100, 0), (shapes.OBJECT_SCALE, shapes.TINT)
 
-def drawn(index, size=128, seed=0):
-    return shapes.draw(np.random.Generator(np.random.PCG64([seed, 0, index])), size)
+
+def drawn(index, size=128, seed=0, options=HARD):
+    return shapes.draw(np.random.Generator(np.random.PCG64([seed, 0, index])), size, *options)
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +21,25 @@ def examples():
     return [drawn(i) for i in range(40)]
 
 
-def test_the_images_are_the_same_on_every_machine():
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [(HARD, "7e223c49621ac405"), (EASY, "dc906b8eeb8b251e")],
+    ids=["hard", "default"],
+)
+def test_the_images_are_the_same_on_every_machine(options, digest):
     found = hashlib.sha256()
     for i in range(30):
-        for array in drawn(i):
+        for array in drawn(i, options=options):
             found.update(array.tobytes())
     # Found with NumPy 2.0 and 2.4, OpenCV 4.12 and 5.0.
-    assert found.hexdigest()[:16] == "7e223c49621ac405"
+    assert found.hexdigest()[:16] == digest
+
+
+def test_by_default_colour_tells_much_and_objects_are_larger():
+    small, large = ([drawn(i, options=o)[1] for i in range(40)] for o in (HARD, EASY))
+    for index in (BAR, RING, DISC, POLYGON):
+        assert sum((x == index).sum() for x in large) > 1.5 * sum((x == index).sum() for x in small)
+    assert nearest_mean_recall([drawn(i, options=EASY) for i in range(40)]) > 0.3
 
 
 def test_every_class_occurs_and_some_pixels_are_ignored(examples):
@@ -37,15 +51,18 @@ def test_every_class_occurs_and_some_pixels_are_ignored(examples):
     assert counts[len(CLASSES) : 255].sum() == 0
 
 
-def test_colour_alone_does_not_tell_the_class(examples):
-    """Nearest class mean, fitted on the pixels it is tested on, is little better than chance."""
+def nearest_mean_recall(examples):
+    """Of the nearest class mean in colour, fitted on the pixels it is tested on."""
     pixels = np.concatenate([image.reshape(-1, 3) for image, _ in examples]).astype(float)
     label = np.concatenate([label.ravel() for _, label in examples])
     pixels, label = pixels[label < 255], label[label < 255]
     means = np.stack([pixels[label == c].mean(0) for c in range(len(CLASSES))])
     guess = ((pixels[:, None] - means) ** 2).sum(-1).argmin(1)
-    recall = [(guess[label == c] == c).mean() for c in range(len(CLASSES))]
-    assert np.mean(recall) < 0.25  # chance: 0.125
+    return np.mean([(guess[label == c] == c).mean() for c in range(len(CLASSES))])
+
+
+def test_where_it_is_hard_colour_alone_does_not_tell_the_class(examples):
+    assert nearest_mean_recall(examples) < 0.25  # chance: 0.125
 
 
 def test_textures_have_edges_inside_one_class(examples):
@@ -128,3 +145,5 @@ def test_preparing_twice_gives_the_same_records(tmp_path):
 def test_a_size_out_of_range_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--size=8: want 32 to 2048"):
         prepare.prepare("shapes", tmp_path, options=shapes.ShapesOptions(size=8))
+    with pytest.raises(ValueError, match="--tint=101: want 0 to 100"):
+        prepare.prepare("shapes", tmp_path, options=shapes.ShapesOptions(tint=101))

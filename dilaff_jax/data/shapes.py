@@ -1,21 +1,22 @@
 """shapes: procedural images, hard where a segmentation's borders are hard. Needs no download.
 
-Every class draws its colours from the same distribution, so colour alone tells nothing; what
-differs is texture and form:
-
     background   smooth cloudy texture
     stripes      regions of bars, strong edges inside one class
     dots         regions of dots, likewise
     checks       regions of a chequer pattern, likewise
-    bar          thin straight lines, 2 to 4 pixels wide
-    ring         thin circles, 2 to 4 pixels wide
+    bar          thin straight lines, 3 to 7 pixels wide
+    ring         thin circles, 3 to 7 pixels wide
     disc         filled circles, singly and in clusters that touch: an edge in the image between
                  two objects of one class, and no class edge
-    polygon      filled triangles and rectangles of the same sizes and colours as discs
+    polygon      filled triangles and rectangles of the same sizes as discs
 
 Half of the filled objects take the colour of what lies around them, plus little (low-contrast
 borders). Light falls off across the image, and there is noise. Ignored (255): a contour around some
 objects, as in PASCAL VOC, and a strip across every third image.
+
+So it is learnt within minutes. `--object_scale 100 --tint 0` makes it hard: lines of 2 to 4 pixels,
+and all classes draw their colours from the same distribution, so that colour tells nothing and only
+texture and form do.
 
 All arithmetic is on integers and all borders are drawn hard, so that one seed gives one data set.
 Generator: our choice, for this project.
@@ -34,6 +35,9 @@ from dilaff_jax.labels import IGNORE_LABEL
 
 CLASSES = ("background", "stripes", "dots", "checks", "bar", "ring", "disc", "polygon")
 BACKGROUND, STRIPES, DOTS, CHECKS, BAR, RING, DISC, POLYGON = range(8)
+OBJECT_SCALE, TINT = 180, 85  # per cent, by default
+# RGB towards which `tint` moves the colours of a class.
+_TINTS = {BAR: (210, 200, 50), RING: (50, 110, 210), DISC: (210, 90, 60), POLYGON: (190, 80, 200)}
 _SPLIT_KEYS = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -46,10 +50,12 @@ class ShapesOptions(builder.Options):
     """What the generator can be told."""
 
     size: int = _option(128, "Side of the square images, pixels, 32 to 2048.")
-    train: int = _option(480, "Number of training images.")
+    train: int = _option(960, "Number of training images.")
     validation: int = _option(120, "Number of validation images.")
     test: int = _option(120, "Number of test images.")
     generator_seed: int = _option(0, "Seed of the generator; splits never share an image.")
+    object_scale: int = _option(OBJECT_SCALE, "Size of objects and lines, per cent, 50 to 400.")
+    tint: int = _option(TINT, "How much colours of lines and objects tell their class, 0 to 100.")
 
 
 class _Item(NamedTuple):
@@ -60,15 +66,21 @@ class _Item(NamedTuple):
 class _Canvas:
     """An image and its labels while being drawn."""
 
-    def __init__(self, rng: np.random.Generator, size: int) -> None:
+    def __init__(self, rng: np.random.Generator, size: int, scale: int, tint: int) -> None:
         self.rng = rng
         self.size = size
+        self.scale = scale
+        self.tint = tint
         self.image = _cloudy(rng, size, _color(rng), 22)
         self.label = np.full((size, size), BACKGROUND, np.uint8)
 
     def unit(self, length: int) -> int:
         """Scales a length given for images of 128 pixels."""
         return max(1, length * self.size // 128)
+
+    def object_unit(self, length: int) -> int:
+        """Scales a length of an object or a line, given for 128 pixels and 100 per cent."""
+        return max(1, length * self.size * self.scale // 12800)
 
     def point(self) -> tuple[int, int]:
         """A random pixel, (x, y)."""
@@ -84,10 +96,14 @@ class _Canvas:
         self.image[mask > 0] = texture[mask > 0]
         self.label[mask > 0] = index
 
-    def near_color(self, mask: np.ndarray) -> np.ndarray:
+    def color(self, index: int) -> np.ndarray:
+        """A random colour, and as much of the class's own as `tint` says."""
+        return (_color(self.rng) * (100 - self.tint) + np.array(_TINTS[index]) * self.tint) // 100
+
+    def near_color(self, mask: np.ndarray, index: int) -> np.ndarray:
         """A colour for an object at `mask`: half of the time nearly that of its surroundings."""
         if self.rng.integers(2) or not mask.any():
-            return _color(self.rng)
+            return self.color(index)
         around = self.image[mask > 0].mean(axis=0).astype(np.int64)
         return np.clip(around + self.rng.choice([-26, -20, 20, 26]), 0, 255)
 
@@ -157,7 +173,7 @@ def _draw_regions(canvas: _Canvas) -> None:
 
 
 def _draw_filled(canvas: _Canvas, mask: np.ndarray, index: int) -> None:
-    texture = _cloudy(canvas.rng, canvas.size, canvas.near_color(mask), 8)
+    texture = _cloudy(canvas.rng, canvas.size, canvas.near_color(mask, index), 8)
     canvas.paint(mask, texture, index)
     if canvas.rng.integers(4) == 0:  # an unlabelled contour, as in PASCAL VOC
         contour = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
@@ -167,7 +183,7 @@ def _draw_filled(canvas: _Canvas, mask: np.ndarray, index: int) -> None:
 def _draw_discs(canvas: _Canvas) -> None:
     """One disc, or a cluster in which each next disc touches the one before it."""
     x, y = canvas.point()
-    radius = canvas.unit(int(canvas.rng.integers(7, 14)))
+    radius = canvas.object_unit(int(canvas.rng.integers(7, 14)))
     for _ in range(int(canvas.rng.choice([1, 1, 2, 3, 4]))):
         mask = canvas.empty()
         cv2.circle(mask, (x, y), radius, 1, -1)
@@ -178,7 +194,7 @@ def _draw_discs(canvas: _Canvas) -> None:
 
 def _draw_polygon(canvas: _Canvas) -> None:
     x, y = canvas.point()
-    radius = canvas.unit(int(canvas.rng.integers(8, 17)))
+    radius = canvas.object_unit(int(canvas.rng.integers(8, 17)))
     corners = int(canvas.rng.choice([3, 4]))
     wheel = np.array(
         [(0, -16), (11, -11), (16, 0), (11, 11), (0, 16), (-11, 11), (-16, 0), (-11, -11)]
@@ -199,7 +215,7 @@ def _bar(canvas: _Canvas, width: int) -> np.ndarray:
     (x, y), (dx, dy) = canvas.point(), map(int, canvas.rng.integers(-70, 71, 2))
     if abs(dx) + abs(dy) < 30:  # too short to be a line
         dx = 60
-    dx, dy = dx * canvas.size // 128, dy * canvas.size // 128
+    dx, dy = (n * canvas.size * canvas.scale // 12800 for n in (dx, dy))
     v, u = np.mgrid[: canvas.size, : canvas.size] - np.array([y, x])[:, None, None]
     along, across = u * dx + v * dy, u * dy - v * dx
     length = dx * dx + dy * dy
@@ -210,13 +226,14 @@ def _bar(canvas: _Canvas, width: int) -> np.ndarray:
 
 def _draw_thin(canvas: _Canvas, index: int) -> None:
     """A bar or a ring."""
-    width = canvas.unit(int(canvas.rng.integers(2, 5)))
+    width = canvas.object_unit(int(canvas.rng.integers(2, 5)))
     if index == BAR:
         mask = _bar(canvas, width)
     else:
         mask = canvas.empty()
-        cv2.circle(mask, canvas.point(), canvas.unit(int(canvas.rng.integers(7, 18))), 1, width)
-    texture = _cloudy(canvas.rng, canvas.size, _color(canvas.rng), 8)
+        center, radius = canvas.point(), int(canvas.rng.integers(7, 18))
+        cv2.circle(mask, center, canvas.object_unit(radius), 1, width)
+    texture = _cloudy(canvas.rng, canvas.size, canvas.color(index), 8)
     canvas.paint(mask, texture, index)
 
 
@@ -230,17 +247,21 @@ def _light_and_noise(canvas: _Canvas) -> np.ndarray:
     return np.clip(lit + noise, 0, 255).astype(np.uint8)
 
 
-def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    rng: np.random.Generator, size: int, object_scale: int = OBJECT_SCALE, tint: int = TINT
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws one example.
 
     Args:
         rng: Source of randomness; only integers are drawn.
         size: Side, pixels.
+        object_scale: Size of objects and lines, per cent.
+        tint: Per cent of a colour that is the class's own, of lines and of objects that stand out.
 
     Returns:
         RGB uint8 `[size, size, 3]` and labels uint8 `[size, size]`.
     """
-    canvas = _Canvas(rng, size)
+    canvas = _Canvas(rng, size, object_scale, tint)
     _draw_regions(canvas)
     todo = ["disc"] * int(rng.integers(1, 4)) + ["polygon"] * int(rng.integers(2, 5))
     for kind in rng.permutation(todo):
@@ -276,8 +297,9 @@ class Builder(builder.SegmentationBuilder):
 
     def splits(self) -> Mapping[str, Sequence[_Item]]:
         """As many examples as the options say."""
-        if not 32 <= self.options.size <= 2048:
-            raise DataError(f"--size={self.options.size}: want 32 to 2048")
+        for name, low, high in (("size", 32, 2048), ("object_scale", 50, 400), ("tint", 0, 100)):
+            if not low <= getattr(self.options, name) <= high:
+                raise DataError(f"--{name}={getattr(self.options, name)}: want {low} to {high}")
         return {
             split: [_Item(split, i) for i in range(getattr(self.options, split))]
             for split in _SPLIT_KEYS
@@ -286,6 +308,8 @@ class Builder(builder.SegmentationBuilder):
     def read(self, item: _Item) -> builder.Example:
         """Draws one example from (generator_seed, split, index)."""
         key = [self.options.generator_seed, _SPLIT_KEYS[item.split], item.number]
-        image, label = draw(np.random.Generator(np.random.PCG64(key)), self.options.size)
+        rng = np.random.Generator(np.random.PCG64(key))
+        options = self.options
+        image, label = draw(rng, options.size, options.object_scale, options.tint)
         name = f"{item.split}_{item.number:05d}"
         return builder.Example(name, images.encode_png(image), label.shape, label)

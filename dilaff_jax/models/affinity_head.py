@@ -6,7 +6,7 @@ width at stride 4, because that decides whether it is cheap (benchmarks/model_co
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,12 @@ from dilaff_jax import affinity, resize
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import layers
 
-SOURCES = ("decoder", "stride16", "stride8", "stride4", "stride2", "image", "probabilities")
+SOURCES = (
+    "decoder",
+    *(f"stride{2**i}" for i in (4, 3, 2, 1, 0)),
+    "image",
+    "probabilities",
+)
 STRIDES = (1, 2, 4)
 
 
@@ -32,8 +37,8 @@ class AffinityHead(nn.Module):
         symmetric: predict half of the offsets and mirror them, a[i,o] = a[i+o,-o].
         stride: of the head's grid, 1, 2 or 4.
         sources: what it reads: "decoder" (features before the classifier), "stride16" to "stride2"
-            (the encoder's), "image" (the normalised pixels, by a stem of its own), "probabilities"
-            (the segmentation's, through which no gradient flows).
+            (the encoder's; "stride1" of one that has it), "image" (the normalised pixels, by a stem
+            of its own), "probabilities" (the segmentation's, through which no gradient flows).
         width: channels.
         rates: dilations of the 3×3 convolutions, one for each.
         style: see `layers.Style`.
@@ -51,8 +56,7 @@ class AffinityHead(nn.Module):
     def __call__(
         self,
         image: jax.Array,
-        features: Sequence[jax.Array],
-        decoded: jax.Array,
+        features: Mapping[str, jax.Array],
         logits: jax.Array | None,
         train: bool,
     ) -> jax.Array:
@@ -60,8 +64,8 @@ class AffinityHead(nn.Module):
 
         Args:
             image: normalised, `[B, H, W, 3]`.
-            features: of the encoder, finest first.
-            decoded: the decoder's, before its classifier.
+            features: `[B, h, w, F]` by name of source: "decoder", the decoder's before its
+                classifier, and "stride2" etc., the encoder's.
             logits: the segmentation's, `[B, h, w, C]`, if there is one.
             train: BatchNorm uses the batch.
 
@@ -70,8 +74,7 @@ class AffinityHead(nn.Module):
         """
         self._check()
         size = -(-image.shape[1] // self.stride), -(-image.shape[2] // self.stride)
-        maps = {"decoder": decoded, "image": image}
-        maps |= {f"stride{2 << i}": x for i, x in enumerate(features[:4])}
+        maps = {**features, "image": image}
         if logits is not None:
             probs = jax.nn.softmax(resize.bilinear(jax.lax.stop_gradient(logits), size))
             maps["probabilities"] = probs.astype(self.style.dtype)
@@ -79,6 +82,11 @@ class AffinityHead(nn.Module):
             raise UserError(
                 "affinity.sources have 'probabilities', and the model has no segmentation; leave "
                 "them out"
+            )
+        if missing := [s for s in self.sources if s not in maps]:
+            raise UserError(
+                f"affinity.sources have {', '.join(map(repr, missing))}, which this encoder does "
+                f"not give; it gives {', '.join(features)}"
             )
         brought = [self._bring(maps[s], s, size, train) for s in self.sources]
         conv = functools.partial(layers.ConvNorm, self.width, 3, style=self.style)

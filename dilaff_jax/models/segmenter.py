@@ -9,7 +9,8 @@ list to enter it in: `build` reads the VARIANTS of every file in the folder. Wha
 package is named "module:attribute". The options of a variant are the module's own fields.
 
 - An encoder has the fields `style`, `output_stride`, `mean` and `std` (RGB in [0, 255]); called
-  with normalised images and `train` it returns features of nominal stride 2, 4, 8, 16, 32.
+  with normalised images and `train` it returns features of nominal stride 2, 4, 8, 16, 32. One
+  whose first features are of another stride has an attribute `finest_stride` that says so.
 - A decoder has the fields `num_classes` and `style`; called with these features and `train` it
   returns (scores, the features they were made from), both at the stride it likes. num_classes is 0
   in an affinity network by itself: `layers.classifier` then scores nothing.
@@ -40,6 +41,8 @@ _FACTORS = Rule(
     "positive integers",
     lambda v: schema.is_sequence(v) and all(schema.is_whole(x, 1) for x in v),
 )
+# Of an encoder's first features, where the encoder does not say.
+_FINEST_STRIDE = 2
 # At which scores come whose corners were aligned.
 _ALIGNED_STRIDE = 4
 # Of `config.model.segmentation`, where it is not None.
@@ -56,7 +59,7 @@ KEYS: schema.Section = {
     "encoder": Key(
         "resnet50",
         schema.NAME,
-        "`resnet18`, `34`, `50`, `101`, `mobilenet_v2`, `efficientnet_lite0`, `1`, `2`, or "
+        "`resnet18`, `34`, `50`, `101`, `mobilenet_v2`, `efficientnet_lite0`, `1`, `2`, `unet`, or "
         "`module:name`, see [your own](extend.md).",
     ),
     "encoder_options": Key({}, schema.OPTIONS, "Fields of the encoder."),
@@ -154,7 +157,9 @@ class Segmenter(nn.Module):
         if self.aux_head is not None:
             aux = self.aux_head(features[:-1], train)[0].astype(jnp.float32)
         if self.affinity_head is not None:
-            affinities = self.affinity_head(x, features, decoded, logits, train)
+            finest = getattr(self.encoder, "finest_stride", _FINEST_STRIDE)
+            maps = {f"stride{finest << i}": y for i, y in enumerate(features)}
+            affinities = self.affinity_head(x, maps | {"decoder": decoded}, logits, train)
             affinities = affinities.astype(jnp.float32)
         return {
             "logits": logits,

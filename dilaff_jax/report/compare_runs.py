@@ -1,12 +1,23 @@
-"""One table of several runs: python -m dilaff_jax.report.compare_runs WORKDIR [WORKDIR ...]."""
+"""One table of several runs: python -m dilaff_jax.report.compare_runs WORKDIR [WORKDIR ...].
+
+With `--picture FILE.png` also one picture: the first images of the last run's evaluation, what it
+says of them, refined where it refines.
+"""
 
 import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
 
+import cv2
+import numpy as np
+
 from dilaff_jax import evaluate
+from dilaff_jax.data import images
 from dilaff_jax.runtime import reporting
+
+# Images in the picture, and the least width of it in pixels, up to which small ones are enlarged.
+_SHOWN, _WIDTH = 4, 1200
 
 ROWS = {
     "miou": "mean IoU",
@@ -40,16 +51,46 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
     return reporting.table("last evaluation, per cent", ["", *columns], rows)
 
 
+def picture(workdir: pathlib.Path) -> np.ndarray:
+    """The pictures of a run's last evaluation, the first by name, one under the other.
+
+    Returns:
+        RGB uint8 `[H, W, 3]`.
+
+    Raises:
+        FileNotFoundError: there is no evaluation, or none with pictures.
+    """
+    folder = evaluate.result_folder(workdir, evaluate.last_results(workdir).step) / "pictures"
+    files = sorted(folder.glob("*.png"))[:_SHOWN]
+    if not files:
+        raise FileNotFoundError(
+            f"no pictures in {folder}: evaluate with --config.eval.pictures=4 or more"
+        )
+    rows = [images.decode_image(file.read_bytes()) for file in files]
+    width = max(row.shape[1] for row in rows)
+    white = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
+    whole = np.concatenate(
+        [np.pad(r, w, constant_values=255) for r, w in zip(rows, white, strict=True)]
+    )
+    times = -(-_WIDTH // width)
+    return cv2.resize(whole, None, fx=times, fy=times, interpolation=cv2.INTER_NEAREST)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table, and where the pictures are."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR")
-    workdirs = parser.parse_args(arguments).workdirs
+    parser.add_argument("--picture", type=pathlib.Path, metavar="FILE.png")
+    options = parser.parse_args(arguments)
+    workdirs = options.workdirs
     try:
         print(table(workdirs))
         for workdir in workdirs:
             step = evaluate.last_results(workdir).step
             print(f"pictures: {evaluate.result_folder(workdir, step) / 'pictures'}")
+        if options.picture:
+            options.picture.parent.mkdir(parents=True, exist_ok=True)
+            options.picture.write_bytes(images.encode_png(picture(workdirs[-1])))
     except FileNotFoundError as error:
         sys.exit(str(error))
     return 0
