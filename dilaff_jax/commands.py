@@ -30,7 +30,9 @@ OUTPUT = flags.DEFINE_string(
     "output", None, "predict, refine: folder for labels, overlays and the rest."
 )
 MODEL = flags.DEFINE_string(
-    "model", None, "predict, refine, view: an exported file, instead of --workdir."
+    "model",
+    None,
+    "predict, refine, view: an exported file or hf://OWNER/NAME, instead of --workdir.",
 )
 PROPAGATION = flags.DEFINE_enum(
     "propagation",
@@ -101,12 +103,13 @@ def parser(config: flags.FlagHolder) -> Callable[[Sequence[str]], list[str]]:
     """The parser of absl, whose traceback ends in one line where `config`, --config, is wrong.
 
     An error that a config file raises itself keeps its traceback. A config that is not where
-    --config says, but comes with the package, is taken from there.
+    --config says, but comes with the package, is taken from there. The first argument may be a
+    mode.
     """
 
     def parse(arguments: Sequence[str]) -> list[str]:
         try:
-            rest = app.parse_flags_with_usage([_shipped(argument) for argument in arguments])
+            rest = app.parse_flags_with_usage([_shipped(a) for a in _with_mode(arguments)])
             getattr(config.value, "seed", None)  # a file that is missing shows when it is used
         except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -123,6 +126,14 @@ def parser(config: flags.FlagHolder) -> Callable[[Sequence[str]], list[str]]:
         return rest
 
     return parse
+
+
+def _with_mode(arguments: Sequence[str]) -> list[str]:
+    """`dilaff MODE ...` as `dilaff --mode MODE ...`."""
+    program, *rest = arguments
+    if rest and rest[0] in MODES:
+        rest[:1] = ["--mode", rest[0]]
+    return [program, *rest]
 
 
 def _shipped(argument: str) -> str:
@@ -276,6 +287,14 @@ def view(config: Config, workdir: pathlib.Path) -> None:
     view_page.serve(viewer, PORT.value)
 
 
+def doctor(config: Config, workdir: pathlib.Path) -> None:
+    """Says what this machine has, and what is wrong with it."""
+    from dilaff_jax.runtime import doctor
+
+    if not doctor.report(workdir):
+        sys.exit(1)
+
+
 MODES: Mapping[str, Mode] = {
     "train": train,
     "eval": evaluate,
@@ -286,6 +305,7 @@ MODES: Mapping[str, Mode] = {
     "refine": refine,
     "fit": fit,
     "view": view,
+    "doctor": doctor,
 }
 
 
@@ -303,8 +323,8 @@ def load(config: Config, workdir: pathlib.Path, resize: float | None = None) -> 
     from dilaff_jax.serving import predictor
 
     if bool(MODEL.value) == (workdir != pathlib.Path()):
-        raise UserError("give either --workdir, a run, or --model, an exported file")
-    path = pathlib.Path(MODEL.value) if MODEL.value else workdir
+        raise UserError("give either --workdir, a run, or --model, an exported file or hf://...")
+    path = MODEL.value or workdir
     parallel.local_devices()  # before anything else asks JAX, which says less
     factor = resize if RESIZE.value is None else RESIZE.value
     return predictor.load(path, config=config, refine=_refinement(), pad=PAD.value, resize=factor)

@@ -83,6 +83,8 @@ class Evaluation:
         self._step = EvalStep(config, model, self._source.num_classes)
         self.variants = self._step.variants
         self._program = devices.map(self._step, out=("replicated", "sharded"))
+        # Of this start, the same in all processes, of which one writes them to a disk.
+        self._scores: dict[int, float | None] = {}
 
     def prepare(self, step: int) -> None:
         """Removes what earlier evaluations of this step left; results.json is the sign of an end.
@@ -109,7 +111,9 @@ class Evaluation:
         scalars = self._summary(counts["device"], counts["host"])
         if jax.process_index() == 0:
             visualize.write(folder / "pictures", drawn)
-        return Results(step, scalars, self._table(scalars), drawn, counts)
+        results = Results(step, scalars, self._table(scalars), drawn, counts)
+        self._scores[step] = self.score(results)
+        return results
 
     def finish(self, results: Results) -> None:
         """Writes results.json, by which an evaluation is known to have come to its end."""
@@ -118,7 +122,7 @@ class Evaluation:
             _write_results(folder, results)
             (folder / _BEGUN).unlink(missing_ok=True)
 
-    def score(self, results: Results) -> float | None:
+    def score(self, results: Results | None) -> float | None:
         """What marks the best state: `config.best_metric`, refined where there is refinement.
 
         None where it is undefined: for a class or a boundary that no image has.
@@ -126,8 +130,19 @@ class Evaluation:
         name = self._config.best_metric
         if not name.startswith("affinity/"):
             name = f"{self.variants[-1]}/{name}"
-        value = results.scalars.get(name)
+        value = None if results is None else results.scalars.get(name)
         return None if value is None or math.isnan(value) else value
+
+    def has_waited(self, patience: int, at: int) -> bool:
+        """Whether the last `patience` scores up to step `at` are no better than one before; 0: no.
+
+        An evaluation that failed, or whose score is undefined, does not count.
+        """
+        found = dict(self._scores)
+        for step in set(evaluated_steps(self._workdir)) - found.keys():  # of an earlier start
+            found[step] = self.score(read_results(self._workdir, step))
+        scores = [s for step, s in sorted(found.items()) if step <= at and s is not None]
+        return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
 
     def _count(
         self, variables: Mapping[str, Any], folder: pathlib.Path
@@ -310,10 +325,15 @@ def read_results(workdir: pathlib.Path, step: int) -> Results | None:
     return Results(content["step"], scalars, content["table"])
 
 
+def evaluated_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of a run whose evaluation came to its end, in their order."""
+    return sorted(int(p.parent.name) for p in workdir.glob("evaluation/*/results.json"))
+
+
 def last_results(workdir: pathlib.Path) -> Results:
     """The results of the last step that was evaluated; FileNotFoundError if none was."""
-    steps = [int(p.parent.name) for p in workdir.glob("evaluation/*/results.json")]
-    results = read_results(workdir, max(steps)) if steps else None
+    steps = evaluated_steps(workdir)
+    results = read_results(workdir, steps[-1]) if steps else None
     if results is None:
         raise FileNotFoundError(f"{workdir} holds no evaluation; train or evaluate there first")
     return results

@@ -25,7 +25,8 @@ MODE = flags.DEFINE_enum(
     "train: train and evaluate. eval: evaluate the best state. ablate: compare arms over seeds. "
     "study: compare changes of the config. "
     "predict: segment files. refine: refine what another network says of files. "
-    "fit: choose the refinement on a split. preflight: compile for a slice, say what it needs.",
+    "fit: choose the refinement on a split. preflight: compile for a slice, say what it needs. "
+    "view: a page of what a network sees. doctor: what this machine has, and what is wrong.",
 )
 
 

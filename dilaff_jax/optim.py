@@ -8,7 +8,7 @@ import optax
 
 from dilaff_jax import schema
 from dilaff_jax.errors import UserError
-from dilaff_jax.schema import Key
+from dilaff_jax.schema import Key, Rule
 
 OPTIMISERS = ("sgd", "adamw")
 SCHEDULES = ("poly", "cosine", "constant")
@@ -23,6 +23,12 @@ KEYS: schema.Section = {
         "`poly`, `cosine` or `constant`, over all steps after the warm-up.",
     ),
     "power": Key(0.9, schema.ABOVE_0, "Of `poly`."),
+    "restarts": Key(0, schema.WHOLE, "How often `cosine` begins anew from the highest rate."),
+    "restart_growth": Key(
+        1.0,
+        Rule("a number of 1 or more", lambda v: schema.is_number(v) and v >= 1),
+        "How much longer each cycle is than the one before.",
+    ),
     "end": Key(0.0, schema.UP_TO_1, "Share of the learning rate at the end."),
     "warmup_steps": Key(0, schema.WHOLE, "Steps of linear rise."),
     "momentum": Key(0.9, schema.SHARE, "Of SGD."),
@@ -54,25 +60,45 @@ KEYS: schema.Section = {
 def schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
     """Learning rate by step: warm-up from 0, then lr·(end + (1-end)·decay(t)), t from 0 to 1.
 
-    decay is (1-t)^power for poly and (1 + cos πt)/2 for cosine.
+    decay is (1-t)^power for poly and (1 + cos πt)/2 for cosine. With `restarts`, t goes from 0 to 1
+    in each cycle (SGDR, https://arxiv.org/abs/1608.03983); the last cycle ends with the run.
 
     Raises:
-        UserError: a warm-up as long as the run.
+        UserError: a warm-up as long as the run; restarts of another schedule, or more than steps.
     """
     if not 0 <= config.warmup_steps < max(num_steps, 1):
         raise UserError(
             f"optim.warmup_steps is {config.warmup_steps}; the run has {num_steps} steps"
         )
+    if config.restarts and config.schedule != "cosine":
+        raise UserError(
+            f"optim.restarts is {config.restarts} and optim.schedule {config.schedule!r}; only "
+            "'cosine' begins anew"
+        )
     peak, steps = config.learning_rate, num_steps - config.warmup_steps
     decay = {
         "poly": lambda: optax.polynomial_schedule(peak, config.end * peak, config.power, steps),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, steps, config.end),
+        "cosine": lambda: _cosine(config, steps),
         "constant": lambda: optax.constant_schedule(peak),
     }[config.schedule]()
     if not config.warmup_steps:
         return decay
     rise = optax.linear_schedule(0.0, peak, config.warmup_steps)
     return optax.join_schedules([rise, decay], [config.warmup_steps])
+
+
+def _cosine(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+    """One fall after the other, each `restart_growth` times as long as the one before."""
+    growth = [config.restart_growth**i for i in range(config.restarts + 1)]
+    ends = [round(steps * sum(growth[: i + 1]) / sum(growth)) for i in range(len(growth))]
+    lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    if min(lengths) < 1:
+        raise UserError(
+            f"optim.restarts is {config.restarts}, with restart_growth {config.restart_growth}: a "
+            f"cycle would have no step of the {steps} after the warm-up; give fewer"
+        )
+    falls = [optax.cosine_decay_schedule(config.learning_rate, n, config.end) for n in lengths]
+    return optax.join_schedules(falls, ends[:-1]) if config.restarts else falls[0]
 
 
 def decay_mask(params: Any) -> Any:

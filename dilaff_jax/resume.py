@@ -24,6 +24,7 @@ from dilaff_jax.runtime import checkpoint, files
 FREE = (
     *("ablate", "eval", "inference", "refine", "parallel", "profile_steps", "best_metric"),
     *("keep_latest", "log_every", "eval_every", "checkpoint_every", "resume_changed"),
+    "patience",
     *("data.data_dir", "data.eval_split", "data.eval_size"),
     *("data.workers", "data.prefetch", "data.cache"),
 )

@@ -37,6 +37,12 @@ RUN: schema.Section = {
         "checkpoint.",
     ),
     "eval_every": Key(1000, schema.COUNT, "Steps between evaluations."),
+    "patience": Key(
+        0,
+        schema.WHOLE,
+        "Evaluations in a row without a better `best_metric` after which training ends; 0: it goes "
+        "on to `num_steps`.",
+    ),
     "checkpoint_every": Key(1000, schema.COUNT, "Steps between checkpoints."),
     "best_metric": Key(
         "miou",

@@ -5,7 +5,7 @@ import datetime
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -141,7 +141,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
     ):
         if begin:
             results, failure = _made_up(run, evaluation, state, begin, reporter, checkpoints)
-        for at in range(begin + 1, config.num_steps + 1):
+        for at in _steps(run, evaluation, begin, reporter):
             last = at == config.num_steps
             _profile(config.profile_steps, at, workdir)
             state, token = program(state, next(batches))
@@ -179,6 +179,22 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         failure.add_note(f"every step is saved in {workdir}; --mode=eval evaluates the last")
         raise failure
     return results
+
+
+def _steps(
+    run: _Run, evaluation: evaluate.Evaluation, begin: int, reporter: reporting.Reporter
+) -> Iterator[int]:
+    """The steps to take: to the last, or until nothing becomes better."""
+    config = run.config
+    for done in range(begin, config.num_steps):
+        news = done == begin or _evaluates(config, done)
+        if config.patience and news and evaluation.has_waited(config.patience, done):
+            reporter.say(
+                f"no better {config.best_metric} in {config.patience} evaluations: training ends "
+                f"at step {done} of {config.num_steps} (config.patience)"
+            )
+            return
+        yield done + 1
 
 
 def _evaluates(config: ml_collections.ConfigDict, at: int) -> bool:

@@ -102,6 +102,31 @@ def test_cosine_is_half_way_at_half_time():
     np.testing.assert_allclose([rate(t) for t in (0, 50, 100)], [0.2, 0.1, 0.0], atol=1e-7)
 
 
+@pytest.mark.parametrize(("growth", "first"), [(1, 30), (2, 10)])
+def test_warm_restarts_are_those_of_torch(growth, first):
+    torch = pytest.importorskip("torch")
+    restarts = 1 if growth == 1 else 2
+    steps = first * sum(growth**i for i in range(restarts + 1))
+    options = {"schedule": "cosine", "learning_rate": 0.2, "end": 0.1}
+    rate = optim.schedule(config(**options, restarts=restarts, restart_growth=growth), steps)
+    theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    falls = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        theirs, first, growth, eta_min=0.02
+    )
+    for t in range(steps):
+        np.testing.assert_allclose(rate(t), theirs.param_groups[0]["lr"], rtol=1e-5)
+        theirs.step()
+        falls.step()
+
+
+def test_the_last_cycle_ends_with_the_run():
+    options = {"schedule": "cosine", "learning_rate": 0.2, "restarts": 2, "warmup_steps": 3}
+    rate = optim.schedule(config(**options, restart_growth=1.5), 103)
+    values = np.array([rate(t) for t in range(104)])
+    assert (np.diff(values[3:]) > 0.1).sum() == 2
+    np.testing.assert_allclose(values[-1], 0, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", optim.SCHEDULES)
 def test_warm_up_rises_from_zero_and_meets_the_schedule(name):
     rate = optim.schedule(config(schedule=name, learning_rate=0.1, warmup_steps=10), 110)
@@ -115,6 +140,9 @@ def test_warm_up_rises_from_zero_and_meets_the_schedule(name):
         ({"schedule": "step"}, "optim.schedule is 'step'"),
         ({"warmup_steps": 10}, "optim.warmup_steps is 10; the run has 10 steps"),
         ({"warmup_steps": -1}, "optim.warmup_steps is -1"),
+        ({"restarts": 2}, "optim.restarts is 2 and optim.schedule 'poly'; only 'cosine'"),
+        ({"schedule": "cosine", "restarts": 20}, "no step of the 10 after the warm-up"),
+        ({"restart_growth": 0.5}, "restart_growth is 0.5; expected a number of 1 or more"),
     ],
 )
 def test_bad_options_are_refused(changes, message):

@@ -400,6 +400,44 @@ def test_a_run_opens_each_split_once_and_keeps_what_it_decoded(data_dir, tmp_pat
     assert decoded.count("shapes/tiny validation") == 7
 
 
+def scored(values):
+    """`Evaluation.score` that gives these values by step."""
+    return lambda self, results: values.get(results.step)
+
+
+# Steps and their scores: where patience is 2, and where training ends.
+WAITING = [
+    ({1: 0.5, 2: 0.4, 3: 0.5, 4: 0.9}, 3),
+    ({1: 0.1, 2: 0.2, 3: 0.15, 4: 0.3, 5: 0.3, 6: 0.2, 7: 0.9}, 6),
+    ({1: 0.5, 3: 0.4, 5: 0.6}, 8),  # undefined at the other steps: nothing to compare
+]
+
+
+@pytest.mark.parametrize(("scores", "end"), WAITING)
+def test_training_ends_when_nothing_has_become_better(
+    scores, end, data_dir, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(evaluate.Evaluation, "score", scored(scores))
+    config = make_config(data_dir, num_steps=8, eval_every=1, checkpoint_every=3, patience=2)
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    assert results.step == checkpoint.latest_step(tmp_path / "run") == end
+    said = "no better miou in 2 evaluations: training ends at step"
+    assert (said in capfd.readouterr().out) == (end < 8)
+
+    # Killed on the way and started again, it ends there too, and once ended it stays so.
+    with killed_after(monkeypatch, 2):
+        train.train_and_evaluate(config, tmp_path / "killed")
+    for _ in range(2):
+        train.train_and_evaluate(config, tmp_path / "killed")
+        assert checkpoint.latest_step(tmp_path / "killed") == end
+    assert_bit_identical(tmp_path / "run", tmp_path / "killed", at=end)
+
+    # More patience goes on.
+    config.patience = 0
+    train.train_and_evaluate(config, tmp_path / "killed")
+    assert checkpoint.latest_step(tmp_path / "killed") == 8
+
+
 def test_a_run_does_not_go_on_with_other_settings_unless_told_to(data_dir, tmp_path):
     config = make_config(data_dir, num_steps=4)
     train.train_and_evaluate(config, tmp_path)

@@ -20,6 +20,7 @@ from dilaff_jax import propagate, resize, visualize
 from dilaff_jax.data import contact_sheet, images
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
+from dilaff_jax.interop import hub
 from dilaff_jax.runtime import files
 from dilaff_jax.runtime.refinement import Use
 from dilaff_jax.serving import foreign
@@ -308,7 +309,8 @@ def load(
     """Loads the best (else latest) state of a run, or an exported file.
 
     Args:
-        path: a run's workdir, or a file that `dilaff_jax.export` wrote.
+        path: a run's workdir, hf://OWNER/NAME of one on the hub, or a file that
+            `dilaff_jax.export` wrote.
         config: in place of the workdir's config.json.
         refine: "fitted" for what `--mode fit` wrote, where it did, else the config's; "config" for
             the config's; "none"; or keyword arguments of `propagate.operator`.
@@ -319,6 +321,8 @@ def load(
         FileNotFoundError: there is no such run or file.
         UserError: it is damaged, or of another model than `config`.
     """
+    if hub.is_address(path):
+        path = hub.download(str(path))
     path = files.local(path, "the run or exported file")
     if path.is_file():
         from dilaff_jax.serving import exported
