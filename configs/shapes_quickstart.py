@@ -16,9 +16,6 @@ import ml_collections
 from dilaff_jax.ablation import ablate_config
 from dilaff_jax.configs import default
 
-# sqrt(median frequency / frequency) in the training split, as in camvid_deeplabv3plus_lite0.
-CLASS_WEIGHTS = (0.46, 1.05, 1.03, 1.0, 1.63, 1.0, 0.79, 0.96)
-
 
 def get_config() -> ml_collections.ConfigDict:
     """The default, made small enough for a laptop."""
@@ -32,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.decoder_options = {"widths": (96,)}
     config.model.affinity.update({"stride": 2, "width": 24})
     config.model.affinity.sources = ("decoder", "stride2", "stride1")
-    config.loss.segmentation_options.class_weights = CLASS_WEIGHTS
+    config.loss.segmentation_options.class_weights = "median_frequency"
     config.optim.update({"name": "adamw", "learning_rate": 6e-3, "weight_decay": 1e-2})
     config.optim.update({"schedule": "cosine", "warmup_steps": 20, "clip_norm": 1.0})
     config.log_every = 20

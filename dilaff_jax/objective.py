@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 
 from dilaff_jax import affinity, losses, propagate, resize, schema
 from dilaff_jax.errors import UserError
@@ -25,7 +26,10 @@ KEYS: schema.Section = {
         "`cross_entropy`, `ohem`, `focal` or `loss_max_pooling`.",
     ),
     "segmentation_options": Key(
-        {}, schema.OPTIONS, "Its keyword arguments, such as `class_weights`."
+        {},
+        schema.OPTIONS,
+        "Its keyword arguments, such as `class_weights`: numbers, or `'median_frequency'` for "
+        "√(median frequency / frequency) in the training split.",
     ),
     "auxiliary": Key(0.4, schema.FROM_0, "Weight of the auxiliary head's loss."),
     "affinity": Key(1.0, schema.FROM_0, "λ; 0 is the plain baseline, without affinity head."),
@@ -58,6 +62,46 @@ KEYS: schema.Section = {
         "propagation.",
     ),
 }
+
+
+MEDIAN_FREQUENCY = "median_frequency"
+
+
+def with_class_weights(
+    config: ml_collections.ConfigDict, class_pixels: np.ndarray | None
+) -> ml_collections.ConfigDict:
+    """The config with numbers in place of `class_weights = "median_frequency"`.
+
+    w[c] = √(median of the frequencies / frequency[c]); 1 for a class without pixels (median
+    frequency balancing, Eigen and Fergus 2015, https://arxiv.org/abs/1411.4734; the root, which
+    spares precision, is our choice).
+
+    Args:
+        config: the whole config; it stays as it is.
+        class_pixels: labelled pixels of each class in the training split, `[C]`, if known.
+
+    Raises:
+        UserError: `class_weights` is another word, or `class_pixels` are not known.
+    """
+    wanted = config.loss.segmentation_options.get("class_weights")
+    if not isinstance(wanted, str):
+        return config
+    where = f"config.loss.segmentation_options.class_weights is {wanted!r}"
+    if wanted != MEDIAN_FREQUENCY:
+        raise UserError(f"{where}; give one number for each class, or {MEDIAN_FREQUENCY!r}")
+    if class_pixels is None:
+        raise UserError(
+            f"{where}, and this data set was prepared without counts of its pixels; prepare it "
+            "with dilaff_jax.data.prepare, or give one number for each class"
+        )
+    pixels = np.asarray(class_pixels, np.float64)
+    weights = np.ones(len(pixels))
+    found = pixels > 0
+    weights[found] = np.sqrt(np.median(pixels[found]) / pixels[found])
+    config = config.copy_and_resolve_references()
+    with config.ignore_type():
+        config.loss.segmentation_options.class_weights = tuple(weights.tolist())
+    return config
 
 
 class Objective:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from absl import logging
 
-from dilaff_jax import evaluate, initialise, metrics, optim, resume, settings
+from dilaff_jax import evaluate, initialise, metrics, objective, optim, resume, settings
 from dilaff_jax.data import datasets, pipeline
 from dilaff_jax.data.batch_iterator import DevicePrefetch
 from dilaff_jax.data.class_list import Classes
@@ -93,7 +93,8 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
     if config.optim.frozen:  # to name the parameters, the model has to be traced
         frozen.Frozen(segmenter.abstract_variables(model)["params"], config.optim.frozen)
     tx, schedule = optim.optimiser(config.optim, config.num_steps)
-    train_step = TrainStep(config, model, classes, tx)
+    weighted = objective.with_class_weights(config, train_source.class_pixels)
+    train_step = TrainStep(weighted, model, classes, tx)
     return _Run(
         config, workdir, devices, rows, train_source, eval_source, model, schedule, train_step
     )

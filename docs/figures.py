@@ -1,15 +1,16 @@
-"""Draws the pictures of the documentation: python docs/figures.py [WORKDIR].
+"""Draws the pictures of the documentation: python docs/figures.py [--shapes DIR] [--photo DIR].
 
 They are committed; a test holds the drawing to what this command makes. Curves come from results/.
-With the workdir of results/shapes_800.json, images of its last evaluation are drawn, too.
+With WORKDIR/joint of the quickstart, images of its evaluation are drawn, too; with a run of
+`configs/voc2012_refine_ablation.py` (such as joint/seed-0), what it makes of a photograph.
 """
 
+import argparse
 import ast
 import html
 import io
 import json
 import pathlib
-import sys
 import textwrap
 import tomllib
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dilaff_jax import affinity
+import dilaff_jax
+from dilaff_jax import affinity, visualize
 
 IMAGES = pathlib.Path(__file__).parent / "images"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,6 +27,7 @@ RESULTS = ROOT / "results"
 # Okabe and Ito's colours, told apart also by the colour-blind.
 COLORS = ("#0072b2", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
 CELL = 24
+DETAIL = 4  # its side is this part of the photograph's
 
 
 def neighbourhood(dilations: tuple[int, ...] = (1, 2, 4, 8)) -> str:
@@ -176,6 +179,43 @@ def result(workdir: pathlib.Path, names: tuple[str, ...]) -> np.ndarray:
     return np.concatenate([rows[0], *below])
 
 
+def photo(workdir: pathlib.Path, file: pathlib.Path) -> np.ndarray:
+    """A photograph, the classes of a frozen network, the same refined; below, a border of each.
+
+    The operator is the one that the ablation of results/ablation_voc2012_refine.json chose, with
+    the biases of the first seed. The detail is where most pixels changed.
+
+    Returns:
+        BGR uint8 `[H, W, 3]`.
+    """
+    chosen = json.loads((RESULTS / "ablation_voc2012_refine.json").read_text())["selection"]
+    operator = chosen["choices"]["refined"]["chosen"]
+    share = float(operator["options"]["bias"].partition("*")[2] or 1)
+    bias = tuple(share * value for value in chosen["bias"][0])
+    refine = {"name": operator["operator"], **operator["options"], "bias": bias}
+    said = dilaff_jax.load(workdir, refine=refine)(file)
+    tiles = {
+        "photograph": said.image,
+        "a network that somebody else trained": said.overlay(said.plain),
+        "the same, refined along affinities": said.overlay(),
+    }
+    changed = (said.labels != said.plain).astype(np.float32)
+    height, width = (n // DETAIL for n in changed.shape)
+    most = cv2.boxFilter(changed, -1, (width, height), normalize=False)
+    inner = most[height // 2 : -height // 2, width // 2 : -width // 2]
+    top, left = np.unravel_index(int(inner.argmax()), inner.shape)
+    columns = []
+    for title, tile in tiles.items():
+        part = tile[top : top + height, left : left + width]
+        size = (tile.shape[1], round(tile.shape[1] * height / width))
+        large = cv2.resize(part, size, interpolation=cv2.INTER_NEAREST)
+        marked = np.ascontiguousarray(tile)
+        corners = (int(left), int(top)), (int(left) + width, int(top) + height)
+        cv2.rectangle(marked, *corners, (255, 255, 255), 2)
+        columns.append(np.concatenate([visualize.captioned(title, marked), large]))
+    return cv2.cvtColor(np.concatenate(columns, axis=1), cv2.COLOR_RGB2BGR)
+
+
 def _subplots(columns: int, width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
@@ -193,18 +233,25 @@ def _svg(figure: Any) -> bytes:
     return written.getvalue()
 
 
-def main(workdir: pathlib.Path | None) -> None:
+def main() -> None:
     """Writes every picture, of a result only with its workdir."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", type=pathlib.Path, metavar="WORKDIR")
+    parser.add_argument("--photo", type=pathlib.Path, metavar="WORKDIR")
+    options = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
     (IMAGES / "rooms.svg").write_text(rooms())
     (IMAGES / "propagation_scaling.svg").write_bytes(scaling())
     for file in sorted(RESULTS.glob("study_*.json")):
         (IMAGES / f"{file.stem}.svg").write_bytes(study(file))
-    if workdir is not None:
-        drawn = result(workdir, ("test_00005", "test_00008", "test_00020"))
-        cv2.imwrite(str(IMAGES / "shapes_result.png"), drawn)
+    if options.shapes:
+        names = ("validation_00000", "validation_00001", "validation_00002")
+        cv2.imwrite(str(IMAGES / "shapes_result.png"), result(options.shapes, names))
+    if options.photo:
+        drawn = photo(options.photo, ROOT / "tests/images/chelsea.png")
+        cv2.imwrite(str(IMAGES / "photo_refined.jpg"), drawn, [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    main()

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dilaff_jax import optim, settings, step
+from dilaff_jax import objective, optim, settings, step
 from dilaff_jax.configs import camvid_ablation, voc2012_refine_mobile_deeplab
 from dilaff_jax.data import datasets, pipeline, prepare, voc2012_seg
 from dilaff_jax.models import segmenter
@@ -113,7 +113,8 @@ def test_the_training_step_keeps_the_form_of_the_state(name):
     classes = CLASSES[config.data.dataset]
     model = segmenter.build(segmenter.config_of_run(config), classes, axis_name=parallel.AXIS)
     tx, _ = optim.optimiser(config.optim, config.num_steps)
-    train_step = step.TrainStep(config, model, classes, tx)
+    weighted = objective.with_class_weights(config, np.ones(classes))
+    train_step = step.TrainStep(weighted, model, classes, tx)
     height, width = config.data.crop_size
     state = jax.eval_shape(lambda: train_step.init((1, height, width, 3)))
     mapped = parallel.Devices("shard_map", 1).map(train_step, out="replicated")

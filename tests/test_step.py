@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dilaff_jax import affinity, losses, optim, resize, step
+from dilaff_jax import affinity, losses, objective, optim, resize, step
 from dilaff_jax.configs import default
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
@@ -270,6 +270,27 @@ def test_a_parameter_that_is_not_finite_is_named_as_the_source():
     devices, state, program = programs(frozen, "pmap", 1)
     state = program(devices.replicate(poison(state, np.nan)), devices.shard(make_batch()))
     assert "first in: parameters" in step.fault_message(jax.device_get(state.fault))
+
+
+def weighted_config(weights):
+    config = make_config()
+    config.loss.segmentation_options = {"class_weights": weights}
+    return config
+
+
+def test_class_weights_by_median_frequency_follow_the_pixels_of_the_data():
+    config = weighted_config("median_frequency")
+    found = objective.with_class_weights(config, np.array([900, 100, 25, 0]))
+    # Of the three classes that there are, the middle one has 100 pixels.
+    expected = (1 / 3, 1.0, 2.0, 1.0)
+    np.testing.assert_allclose(found.loss.segmentation_options.class_weights, expected)
+    assert config.loss.segmentation_options.class_weights == "median_frequency"
+    numbers = weighted_config((1.0, 2.0))
+    assert objective.with_class_weights(numbers, None) is numbers
+    with pytest.raises(ValueError, match="'balanced'; give one number for each class, or 'median"):
+        objective.with_class_weights(weighted_config("balanced"), np.ones(4))
+    with pytest.raises(ValueError, match="prepared without counts of its pixels"):
+        objective.with_class_weights(config, None)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
-from dilaff_jax import optim
+from dilaff_jax import objective, optim
 from dilaff_jax.data import datasets, pipeline
 from dilaff_jax.eval_step import EvalStep
 from dilaff_jax.models import segmenter
@@ -57,6 +58,8 @@ class Programs:
         eval_size: tuple[int, int],
         devices: Devices,
     ) -> None:
+        # Which weights classes have changes nothing that is compiled.
+        config = objective.with_class_weights(config, np.ones(num_classes))
         self._config, self._devices, self._eval_size = config, devices, eval_size
         self._num_classes, self._image = num_classes, (1, *config.data.crop_size, 3)
         self._model = segmenter.build(segmenter.config_of_run(config), num_classes, axis_name=AXIS)
