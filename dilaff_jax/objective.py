@@ -1,5 +1,6 @@
 """The losses of a config, from what a network gives for a batch: `config.loss`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,24 +13,50 @@ from dilaff_jax import affinity, losses, propagate, resize, schema
 from dilaff_jax.errors import UserError
 from dilaff_jax.losses import LossSum
 from dilaff_jax.numerics import log_probs
-from dilaff_jax.schema import Key
+from dilaff_jax.schema import Key, Rule
 
-SEGMENTATION_LOSSES = ("cross_entropy", "ohem", "focal", "loss_max_pooling")
+# Of a pixel by itself; of all pixels of an image at once.
+PIXEL_LOSSES = ("cross_entropy", "focal")
+REGION_LOSSES = ("dice", "tversky", "lovasz_softmax", "boundary")
+SEGMENTATION_LOSSES = (*PIXEL_LOSSES, "ohem", "loss_max_pooling", *REGION_LOSSES)
 AFFINITY_LOSSES = ("balanced", "bce", "focal", "ohem", "max_pooling")
 # Mining chooses what it counts by the predictions, so no count is known before the forward pass.
 MINING = ("ohem", "loss_max_pooling", "max_pooling")
 
+
+def _summands(text: object) -> dict[str, float]:
+    """Weights by name of a sum such as "cross_entropy + 0.5*dice"; {} where it is none."""
+    weights: dict[str, float] = {}
+    for part in text.split("+") if isinstance(text, str) else ():
+        number, times, name = part.strip().rpartition("*")
+        try:
+            weight = float(number) if times else 1.0
+        except ValueError:
+            return {}
+        name = name.strip()
+        if name not in SEGMENTATION_LOSSES or name in weights or not 0 < weight < math.inf:
+            return {}
+        weights[name] = weight
+    return weights
+
+
 KEYS: schema.Section = {
     "segmentation": Key(
         "cross_entropy",
-        schema.choice(*SEGMENTATION_LOSSES),
-        "`cross_entropy`, `ohem`, `focal` or `loss_max_pooling`.",
+        Rule(
+            f"one of {', '.join(map(repr, SEGMENTATION_LOSSES))}, or a sum of several such as "
+            "'cross_entropy + 0.5*dice'",
+            lambda v: bool(_summands(v)),
+        ),
+        "`cross_entropy`, `ohem`, `focal`, `loss_max_pooling`, `dice`, `tversky`, "
+        "`lovasz_softmax`, `boundary`; or a sum such as `'cross_entropy + 0.5*dice'`, see "
+        "[which loss](method.md#which-loss).",
     ),
     "segmentation_options": Key(
         {},
         schema.OPTIONS,
         "Its keyword arguments, such as `class_weights`: numbers, or `'median_frequency'` for "
-        "√(median frequency / frequency) in the training split.",
+        "√(median frequency / frequency) in the training split. Of a sum: `{'dice': {...}, ...}`.",
     ),
     "auxiliary": Key(0.4, schema.FROM_0, "Weight of the auxiliary head's loss."),
     "affinity": Key(1.0, schema.FROM_0, "λ; 0 is the plain baseline, without affinity head."),
@@ -83,25 +110,45 @@ def with_class_weights(
     Raises:
         UserError: `class_weights` is another word, or `class_pixels` are not known.
     """
-    wanted = config.loss.segmentation_options.get("class_weights")
-    if not isinstance(wanted, str):
-        return config
-    where = f"config.loss.segmentation_options.class_weights is {wanted!r}"
-    if wanted != MEDIAN_FREQUENCY:
-        raise UserError(f"{where}; give one number for each class, or {MEDIAN_FREQUENCY!r}")
-    if class_pixels is None:
-        raise UserError(
-            f"{where}, and this data set was prepared without counts of its pixels; prepare it "
-            "with dilaff_jax.data.prepare, or give one number for each class"
-        )
-    pixels = np.asarray(class_pixels, np.float64)
-    weights = np.ones(len(pixels))
-    found = pixels > 0
-    weights[found] = np.sqrt(np.median(pixels[found]) / pixels[found])
     config = config.copy_and_resolve_references()
-    with config.ignore_type():
-        config.loss.segmentation_options.class_weights = tuple(weights.tolist())
+    for name, (_, options) in segmentation_terms(config.loss).items():
+        wanted = options.get("class_weights")
+        if not isinstance(wanted, str):
+            continue
+        where = f"class_weights of {name} (config.loss.segmentation_options) is {wanted!r}"
+        if wanted != MEDIAN_FREQUENCY:
+            raise UserError(f"{where}; give one number for each class, or {MEDIAN_FREQUENCY!r}")
+        if class_pixels is None:
+            raise UserError(
+                f"{where}, and this data set was prepared without counts of its pixels; prepare it "
+                "with dilaff_jax.data.prepare, or give one number for each class"
+            )
+        pixels = np.asarray(class_pixels, np.float64)
+        weights = np.ones(len(pixels))
+        found = pixels > 0
+        weights[found] = np.sqrt(np.median(pixels[found]) / pixels[found])
+        with options.ignore_type():
+            options.class_weights = tuple(weights.tolist())
     return config
+
+
+def segmentation_terms(loss: ml_collections.ConfigDict) -> dict[str, tuple[float, Any]]:
+    """{loss: (weight, keyword arguments)} of `config.loss.segmentation`.
+
+    Raises:
+        UserError: it is no loss; options of a loss that it does not name.
+    """
+    weights, options = _summands(loss.segmentation), loss.segmentation_options
+    if len(weights) == 1:
+        return {name: (weight, options) for name, weight in weights.items()}
+    unknown = [key for key in options if key not in weights]
+    if unknown:
+        raise UserError(
+            f"config.loss.segmentation_options has {unknown[0]!r}; {loss.segmentation!r} is a sum "
+            f"of losses, so give the options of each by its name: {', '.join(weights)}"
+        )
+    nothing = ml_collections.ConfigDict()
+    return {name: (weight, options.get(name, nothing)) for name, weight in weights.items()}
 
 
 class Objective:
@@ -125,15 +172,17 @@ class Objective:
         self._config, self._offsets = config.loss, model.offsets
         self._num_classes = num_classes
         self._refine = propagate.operator(**config.refine)
+        self._check(config)
+        self._segmentation = self._named(config.loss) if model.segmentation else {}
         weights = {
-            "segmentation": float(model.segmentation),
+            **{term: weight for term, (_, weight, _) in self._segmentation.items()},
             "auxiliary": config.loss.auxiliary if config.model.aux else 0.0,
             "affinity": config.loss.affinity,
             "aaf": config.loss.aaf,
             "refined": config.loss.refined,
         }
         self.weights = {term: weight for term, weight in weights.items() if weight}
-        self._check(config)
+        self._check_head()
         if not model.segmentation and {"aaf", "refined"} & self.weights.keys():
             raise UserError(
                 "loss.aaf and loss.refined are losses of a segmentation, and model.segmentation is "
@@ -143,9 +192,10 @@ class Objective:
     def __call__(self, outputs: Mapping[str, Any], labels: jax.Array) -> dict[str, LossSum]:
         """Returns sum and count of every term. labels: `[b, H, W]`, at full resolution."""
         logits = outputs["logits"]
-        terms = {}
-        if "segmentation" in self.weights:
-            terms["segmentation"] = self._segmentation(logits, labels)
+        terms = {
+            term: _of_segmentation(name, logits, labels, options)
+            for term, (name, _, options) in self._segmentation.items()
+        }
         if "auxiliary" in self.weights:
             terms["auxiliary"] = losses.upsampled_loss(
                 losses.cross_entropy, outputs["aux_logits"], labels
@@ -168,12 +218,14 @@ class Objective:
             terms["refined"] = losses.cross_entropy(log_probs(probs), labels)
         return terms
 
-    def _segmentation(self, logits: jax.Array, labels: jax.Array) -> LossSum:
-        name, options = self._config.segmentation, self._config.segmentation_options
-        loss = getattr(losses, name)
-        if name in MINING:
-            return loss(resize.bilinear(logits, labels.shape[1:3]), labels, **options)
-        return losses.upsampled_loss(loss, logits, labels, **options)
+    @staticmethod
+    def _named(loss: ml_collections.ConfigDict) -> dict[str, tuple[str, float, Any]]:
+        """{term: (loss, weight, options)}: one loss is the term "segmentation"."""
+        terms = segmentation_terms(loss)
+        return {
+            name if len(terms) > 1 else "segmentation": (name, weight, options)
+            for name, (weight, options) in terms.items()
+        }
 
     def _affinity(self, logits: jax.Array, labels: jax.Array) -> LossSum:
         grid, num_classes = logits.shape[1:3], self._num_classes
@@ -199,19 +251,31 @@ class Objective:
     def _check(self, config: ml_collections.ConfigDict) -> None:
         loss = config.loss
         schema.check(loss, KEYS, "config.loss")
-        if self._offsets is None and {"affinity", "refined"} & self.weights.keys():
-            raise UserError(
-                "loss.affinity and loss.refined need an affinity head: set model.affinity, {} for "
-                "its defaults, or set both to 0 for the plain baseline"
-            )
         if loss.affinity_class_weights and loss.affinity_loss in MINING:
             raise UserError(
                 f"loss.affinity_loss {loss.affinity_loss!r} mines its edges and takes no "
                 "loss.affinity_class_weights; use 'balanced', 'bce' or 'focal', or set ()"
             )
-        accumulate, used = config.optim.accumulate, (loss.segmentation, loss.affinity_loss)
+        accumulate = config.optim.accumulate
+        used = (*_summands(loss.segmentation), loss.affinity_loss)
         if accumulate > 1 and any(name in MINING for name in used):
             raise UserError(
                 f"optim.accumulate is {accumulate} and a loss of {used} mines by the predictions; "
                 "its count is not known before all microbatches are seen: use accumulate=1"
             )
+
+    def _check_head(self) -> None:
+        if self._offsets is None and {"affinity", "refined"} & self.weights.keys():
+            raise UserError(
+                "loss.affinity and loss.refined need an affinity head: set model.affinity, {} for "
+                "its defaults, or set both to 0 for the plain baseline"
+            )
+
+
+def _of_segmentation(
+    name: str, logits: jax.Array, labels: jax.Array, options: Mapping[str, Any]
+) -> LossSum:
+    loss = getattr(losses, name)
+    if name in PIXEL_LOSSES:
+        return losses.upsampled_loss(loss, logits, labels, **options)
+    return loss(resize.bilinear(logits, labels.shape[1:3]), labels, **options)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import dilaff_jax.data
-from dilaff_jax import affinity, propagate, settings
+from dilaff_jax import affinity, objective, propagate, settings
 from dilaff_jax.configs import default
 from dilaff_jax.data import data_config, datasets, images, prepare
 from dilaff_jax.data.class_list import Classes
@@ -139,6 +139,25 @@ def test_the_code_of_the_use_page_runs_on_a_picture(tmp_path, monkeypatch):
     scope = {}
     exec(code, scope)
     assert scope["result"].labels[:, [0, 31]].tolist() == [[0, 2]] * 24
+
+
+def test_the_losses_of_the_method_page_are_losses():
+    [code] = [code for title, code in code_blocks("docs/method.md") if title == "losses.py"]
+    scope = {}
+    exec(code, scope)
+    config = scope["get_config"]()
+    settings.check(config)
+    config = objective.with_class_weights(config, np.array([3, 1, 1]))
+    model = segmenter.build(config.model, 3)
+    weights = objective.Objective(config, model, 3).weights
+    assert weights == {"cross_entropy": 1.0, "dice": 0.5, "affinity": 1.0}
+    page = (ROOT / "docs/method.md").read_text().split("## Which loss")[1].split("\n## ")[0]
+    named = {
+        n
+        for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+        for n in re.findall(r"\w+", row)
+    }
+    assert named == set(objective.SEGMENTATION_LOSSES)
 
 
 def test_the_code_of_the_readme_is_that_of_the_use_page():

@@ -33,6 +33,10 @@ SEGMENTATION = {
     "focal": losses.focal,
     "ohem": losses.ohem,
     "loss_max_pooling": losses.loss_max_pooling,
+    "dice": losses.dice,
+    "tversky": losses.tversky,
+    "lovasz_softmax": losses.lovasz_softmax,
+    "boundary": losses.boundary,
     "aaf": functools.partial(losses.adaptive_affinity_fields, sizes=(1,)),
 }
 AFFINITY = {

@@ -12,22 +12,23 @@ NOTEBOOKS = sorted(p.name for p in FOLDER.glob("*.ipynb"))
 # In place of each notebook's own parameters, and after the cell that makes the config.
 LITTLE = {
     "train_shapes.ipynb": """
-STEPS, WORKDIR, DATA_DIR, REPOSITORY = 3, "work", "data", ""
+STEPS, WORKDIR, DATA_DIR = 3, "work", "data"
 OPTIONS = {"size": 32, "train": 16, "validation": 3, "test": 1}
 """,
     "your_images.ipynb": """
-STEPS, WORKDIR, DATA_DIR, REPOSITORY = 3, "work", "data", ""
+STEPS, WORKDIR, DATA_DIR = 3, "work", "data"
 SOURCE, NAME, CROP, EXAMPLES = "", "mine", (32, 32), 12
 """,
     "refine_your_model.ipynb": """
-STEPS, WORKDIR, DATA_DIR, REPOSITORY = 3, "work", "data", ""
+STEPS, WORKDIR, DATA_DIR = 3, "work", "data"
 OPTIONS = {"size": 32, "train": 16, "validation": 6, "test": 1}
 """,
-    "jax_and_torch.ipynb": 'REPOSITORY, SIZE, BATCH = "", (33, 33), 2',
+    "jax_and_torch.ipynb": "SIZE, BATCH = (33, 33), 2",
 }
 TINY = """
 from tests import tiny
 
+config.model.encoder_options = {}
 config.model.decoder_options = {}
 tiny.model_config(config)
 config.batch_size, config.data.crop_size, PRETRAINED = 4, (32, 32), ""
@@ -52,7 +53,7 @@ def test_no_output_is_kept_that_no_run_made(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_it_runs_from_start_to_end(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
-    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = read(name)
     made = [i for i, cell in enumerate(notebook.cells) if "get_config()" in cell.source]
     for cell in notebook.cells:
@@ -76,3 +77,12 @@ def test_it_runs_from_start_to_end(name, tmp_path, monkeypatch):
     )
     expected = "bit for bit: True" if name == "jax_and_torch.ipynb" else "mean IoU"
     assert expected in printed
+    *_, last = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert any("image/png" in output.get("data", {}) for output in last.outputs)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_first_code_installs_and_nothing_before_it_needs_the_package(name):
+    first = next(cell for cell in read(name).cells if cell.cell_type == "code")
+    assert "%pip install" in first.source
+    assert "dilaff_jax." not in first.source

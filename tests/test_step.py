@@ -286,20 +286,69 @@ def test_class_weights_by_median_frequency_follow_the_pixels_of_the_data():
     np.testing.assert_allclose(found.loss.segmentation_options.class_weights, expected)
     assert config.loss.segmentation_options.class_weights == "median_frequency"
     numbers = weighted_config((1.0, 2.0))
-    assert objective.with_class_weights(numbers, None) is numbers
-    with pytest.raises(ValueError, match="'balanced'; give one number for each class, or 'median"):
+    assert objective.with_class_weights(numbers, None).to_json() == numbers.to_json()
+    with pytest.raises(
+        ValueError, match="is 'balanced'; give one number for each class, or 'median"
+    ):
         objective.with_class_weights(weighted_config("balanced"), np.ones(4))
     with pytest.raises(ValueError, match="prepared without counts of its pixels"):
         objective.with_class_weights(config, None)
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["dice+", "dice + dice", "-1*dice", "0*dice", "inf*dice", "x*dice", "2 dice", "dice*2", ""],
+)
+def test_what_is_no_sum_of_losses_is_refused(text):
+    config = make_config()
+    config.loss.segmentation = text
+    with pytest.raises(ValueError, match="or a sum of several such as 'cross_entropy"):
+        make(config)
+
+
+def test_a_sum_of_losses_is_the_weighted_sum_of_each_and_reports_each():
+    config = make_config()
+    config.loss.segmentation = "cross_entropy + 0.5*dice+2 * lovasz_softmax"
+    weights = tuple(range(1, CLASSES + 1))
+    with config.loss.ignore_type():
+        config.loss.segmentation_options = {
+            "cross_entropy": {"class_weights": weights},
+            "dice": {"smooth": 3.0},
+        }
+    model, _ = make(config)
+    found = Objective(config, model, CLASSES)
+    assert found.weights == {
+        "cross_entropy": 1.0,
+        "dice": 0.5,
+        "lovasz_softmax": 2.0,
+        "affinity": 1.0,
+    }
+    batch = make_batch()
+    logits = np.random.default_rng(1).normal(size=(8, 4, 4, CLASSES)).astype(np.float32)
+    outputs = {"logits": logits, "affinity_logits": np.zeros((8, 8, 8, 16), np.float32)}
+    terms = found(outputs, batch["label"])
+    full = resize.bilinear(logits, (32, 32))
+    expected = {
+        "cross_entropy": losses.cross_entropy(full, batch["label"], class_weights=weights),
+        "dice": losses.dice(full, batch["label"], smooth=3.0),
+        "lovasz_softmax": losses.lovasz_softmax(full, batch["label"]),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            losses.finish(terms[name]), losses.finish(value), rtol=1e-5, err_msg=name
+        )
+    config.loss.segmentation_options.focal = {}
+    with pytest.raises(ValueError, match=r"has 'focal'.*by its name: cross_entropy, dice, lovasz"):
+        make(config)
+
+
+@pytest.mark.parametrize(
     ("loss", "model", "message"),
     [
         (
-            {"segmentation": "dice"},
+            {"segmentation": "hinge"},
             {},
-            "loss.segmentation is 'dice'; expected one of 'cross_entropy', 'ohem'",
+            "loss.segmentation is 'hinge'; expected one of 'cross_entropy', .*, or a sum of",
         ),
         (
             {"affinity_loss": "hinge"},

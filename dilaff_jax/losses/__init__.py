@@ -19,6 +19,7 @@ from dilaff_jax.losses.edges import (
     affinity_ohem,
 )
 from dilaff_jax.losses.loss_sum import LossSum, finish
+from dilaff_jax.losses.regions import boundary, dice, lovasz_softmax, tversky
 from dilaff_jax.losses.segmentation import (
     cross_entropy,
     focal,
@@ -35,10 +36,14 @@ __all__ = [
     "affinity_focal",
     "affinity_max_pooling",
     "affinity_ohem",
+    "boundary",
     "cross_entropy",
+    "dice",
     "finish",
     "focal",
     "loss_max_pooling",
+    "lovasz_softmax",
     "ohem",
+    "tversky",
     "upsampled_loss",
 ]

@@ -101,9 +101,10 @@ CONFIGS = cases(
     ("negative loss", {"loss.affinity": -1.0}, "config.loss.affinity is -1.0; expected 0 or more"),
     (
         "unknown loss",
-        {"loss.segmentation": "dice"},
-        "config.loss.segmentation is 'dice'; expected one of 'cross_entropy', 'ohem', 'focal', "
-        "'loss_max_pooling'",
+        {"loss.segmentation": "hinge"},
+        "config.loss.segmentation is 'hinge'; expected one of 'cross_entropy', 'focal', 'ohem', "
+        "'loss_max_pooling', 'dice', 'tversky', 'lovasz_softmax', 'boundary', or a sum of several "
+        "such as 'cross_entropy + 0.5*dice'",
     ),
     (
         "affinity loss without a head",
