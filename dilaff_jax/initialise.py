@@ -11,6 +11,7 @@ import numpy as np
 from dilaff_jax import references, schema
 from dilaff_jax.data.datasets import Source
 from dilaff_jax.errors import UserError
+from dilaff_jax.interop import hub
 from dilaff_jax.models.frozen import Frozen
 from dilaff_jax.models.segmenter import Segmenter
 from dilaff_jax.runtime import checkpoint, files
@@ -23,7 +24,11 @@ CALIBRATION_IMAGES = 32
 
 # At most one of workdir, model and encoder may be given.
 KEYS: schema.Section = {
-    "workdir": Key("", schema.TEXT, "Another run, whose best (else latest) weights are taken."),
+    "workdir": Key(
+        "",
+        schema.TEXT,
+        "Another run, or hf://OWNER/NAME, whose best (else latest) weights are taken.",
+    ),
     "model": Key("", schema.TEXT, "File of a whole network, in torch's layout."),
     "encoder": Key(
         "",
@@ -74,8 +79,12 @@ def fresh(
     if not given:
         return state
     if init.workdir:
+        if hub.is_address(init.workdir):
+            given_run = hub.download(init.workdir)
+        else:
+            given_run = files.local(init.workdir, "config.init.workdir")
         _, variables = checkpoint.read_variables(
-            files.local(init.workdir, "config.init.workdir"),
+            given_run,
             variables,
             drop=init.drop,
             keep=init.keep,

@@ -15,6 +15,7 @@ from tensorboardX.proto import event_pb2
 from dilaff_jax import evaluate, metrics, train
 from dilaff_jax.data import datasets, prepare
 from dilaff_jax.errors import UserError
+from dilaff_jax.interop import hub
 from dilaff_jax.models import segmenter
 from dilaff_jax.report import run_summary
 from dilaff_jax.runtime import checkpoint, parallel
@@ -304,9 +305,16 @@ def test_four_images_are_learned_by_heart(tmp_path):
     assert results.scalars["affinity/mean/average_precision"] > 0.5
 
 
-def test_a_run_can_start_from_another_runs_weights(unbroken, data_dir, tmp_path):
+@pytest.mark.parametrize("on_a_hub", [False, True])
+def test_a_run_can_start_from_another_runs_weights(
+    on_a_hub, unbroken, data_dir, tmp_path, monkeypatch
+):
     config = make_config(data_dir, num_steps=1)
     config.init.workdir = str(unbroken[0])
+    if on_a_hub:  # itself tested in test_hub
+        runs = {"hf://somebody/run": unbroken[0]}
+        monkeypatch.setattr(hub, "download", runs.__getitem__)
+        config.init.workdir = "hf://somebody/run"
     config.optim.update({"learning_rate": 0.0, "ema": 0.0})
     train.train_and_evaluate(config, tmp_path)
     first, second = saved(tmp_path, 1), saved(unbroken[0], checkpoint_step(unbroken[0]))

@@ -18,6 +18,9 @@ from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.losses.loss_sum import LossSum, check_segmentation
 from dilaff_jax.numerics import TINY
 
+# Of a product of two sums over pixels: far below that of the faintest border.
+_LITTLE = 1e-6
+
 
 def tversky(
     logits: Real[ArrayLike, " B *spatial C"],
@@ -159,12 +162,13 @@ def boundary(
         return jnp.where(near_ignored, 0, _spread(inverse, width) - inverse)
 
     ours, theirs = border(probs), border(truth)
-    precision = jnp.sum(ours * _spread(theirs, tolerance), space) / (jnp.sum(ours, space) + TINY)
-    recall = jnp.sum(theirs * _spread(ours, tolerance), space) / (jnp.sum(theirs, space) + TINY)
-    score = 2 * precision * recall / (precision + recall + TINY)
+    hits, found = jnp.sum(ours * _spread(theirs, tolerance), space), jnp.sum(ours, space)
+    reached, true = jnp.sum(theirs * _spread(ours, tolerance), space), jnp.sum(theirs, space)
+    # 2·P·R / (P + R) of P = hits/found and R = reached/true, which may be 0/0: a flat mask.
+    score = 2 * hits * reached / (hits * true + reached * found + _LITTLE)
     # An impossible label, NaN by now, spoils the loss also where no border is counted.
     score = score + 0 * jnp.sum(probs, space)
-    return _over_images(1 - score, jnp.sum(theirs, space) > 0, valid)
+    return _over_images(1 - score, true > 0, valid)
 
 
 def _prepared(
