@@ -249,7 +249,7 @@ def main() -> None:
         names = ("validation_00000", "validation_00001", "validation_00002")
         cv2.imwrite(str(IMAGES / "shapes_result.png"), result(options.shapes, names))
     if options.photo:
-        drawn = photo(options.photo, ROOT / "tests/images/chelsea.png")
+        drawn = photo(options.photo, ROOT / "tests/images/astronaut.png")
         cv2.imwrite(str(IMAGES / "photo_refined.jpg"), drawn, [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
