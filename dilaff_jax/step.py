@@ -20,7 +20,7 @@ from dilaff_jax.errors import UserError
 from dilaff_jax.losses import LossSum
 from dilaff_jax.models import frozen
 from dilaff_jax.models.cpu import dispatch
-from dilaff_jax.objective import Objective
+from dilaff_jax.objective import SEGMENTATION_LOSSES, Objective
 from dilaff_jax.runtime import parameter_names
 from dilaff_jax.runtime.parallel import AXIS
 
@@ -31,6 +31,7 @@ SOURCES = (
     "image",
     "parameters",
     "segmentation",
+    *SEGMENTATION_LOSSES,  # each, where they are a sum
     "auxiliary",
     "affinity",
     "aaf",

@@ -162,6 +162,8 @@ def test_separable_convolutions_save_parameters():
 def test_unet_refuses_more_widths_than_there_are_finer_features():
     with pytest.raises(ValueError, match="5 feature maps, so give 1 to 4 widths"):
         build("unet", widths=(8,) * 5).init(jax.random.key(0), features(), False)
+    with pytest.raises(ValueError, match="one feature map, and the decoder 'unet' joins two"):
+        build("unet", widths=(8,)).init(jax.random.key(0), features()[:1], False)
 
 
 def test_deeplabv3plus_joins_the_features_at_stride_4():

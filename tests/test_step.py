@@ -295,6 +295,26 @@ def test_class_weights_by_median_frequency_follow_the_pixels_of_the_data():
         objective.with_class_weights(config, None)
 
 
+@pytest.mark.parametrize("name", ["dice", "tversky", "lovasz_softmax", "boundary"])
+def test_a_sum_of_losses_trains_the_same_on_all_devices_and_in_microbatches(name):
+    config = make_config(norm="group", decoder_options={"dropout": 0.0})
+    config.loss.segmentation = f"cross_entropy + 0.5*{name}"
+    one = run(config, steps=2)
+    assert {"cross_entropy", name} < one.window.losses.keys()
+    assert int(one.fault[0]) == -1
+    # Which of two pixels that nearly tie is the largest is for rounding to say.
+    bound = 1e-4 if name == "boundary" else 1e-5
+    assert_same(run(config, "pmap", 4, steps=2), one, bound)
+    config.optim.accumulate = 2
+    assert_same(run(config, count=2, steps=2).params, one.params, bound)
+
+
+def test_which_of_several_losses_was_not_finite_is_named():
+    names = ["cross_entropy", "dice"]
+    bits = sum(1 << step.SOURCES.index(name) for name in names)
+    assert "first in: cross_entropy (in all: cross_entropy, dice)" in step.fault_message((4, bits))
+
+
 @pytest.mark.parametrize(
     "text",
     ["dice+", "dice + dice", "-1*dice", "0*dice", "inf*dice", "x*dice", "2 dice", "dice*2", ""],

@@ -32,6 +32,11 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns scores `[B, h, w, C]` and the features `[B, h, w, F]` they were made from."""
+        if len(features) < 2:
+            raise UserError(
+                "the encoder gives one feature map, and the decoder 'unet' joins two or more; give "
+                "the encoder more scales (encoder_options.widths)"
+            )
         if not 1 <= len(self.widths) < len(features):
             raise UserError(
                 f"widths are {self.widths}; the encoder has {len(features)} feature maps, so give "
