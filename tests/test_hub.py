@@ -23,7 +23,11 @@ ADDRESS = "hf://somebody/tiny"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run with an evaluation, and the rest that a training leaves."""
-    workdir = tiny_run.write(tmp_path_factory.mktemp("runs") / "tiny")
+    workdir = tiny_run.write(
+        tmp_path_factory.mktemp("runs") / "tiny",
+        encoder="unet",
+        encoder_options={"widths": (4, 6, 8, 8)},
+    )
     scalars = {"plain/miou": 0.5, "refined/miou": 0.625, "plain/boundary_f": float("nan")}
     evaluate._write_results(
         evaluate.result_folder(workdir, 3), evaluate.Results(3, scalars, "a table", {}, {})
@@ -187,6 +191,35 @@ def test_a_revision_is_what_it_was(run, served, tmp_path):
     assert old.returncode == 0, old.stderr
     new = command("-m", "dilaff_jax.interop.hub", ADDRESS, tmp_path / "new")
     assert "holds no run of this project: it has no config.json" in new.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("config.json", ("model", "encoder"), "subprocess:run"),
+        ("config.json", ("model", "decoder"), "os:abort"),
+        ("config.json", ("refine", "name"), "builtins:exec"),
+        ("refine.json", ("refine", "name"), "builtins:exec"),
+    ],
+)
+def test_a_stranger_does_not_choose_what_code_is_called(file, change, named, run, served, tmp_path):
+    _, command = served
+    (run / "refine.json").write_text('{"refine": {"name": "identity"}}')
+    content = json.loads((run / file).read_text())
+    content[change[0]][change[1]] = named
+    command("-m", "dilaff_jax.report.model_card", run, "--push", ADDRESS)
+    (run / file).write_text(json.dumps(content))
+    hub_library = pytest.importorskip("huggingface_hub")
+    assert hub_library
+    push = "from dilaff_jax.interop import hub; import sys, pathlib; hub.upload(pathlib.Path(sys.argv[1]), sys.argv[2], 3)"
+    assert command("-c", push, run, ADDRESS).returncode == 0
+    code = "import dilaff_jax, sys; dilaff_jax.load(sys.argv[1])"
+    ran = command("-c", code, ADDRESS)
+    assert ran.returncode == 1
+    assert f"asks for code that is not this package's: {named}. If you trust" in ran.stderr
+    # Who looks at it first may have it.
+    got = command("-m", "dilaff_jax.interop.hub", ADDRESS, tmp_path / "got")
+    assert got.returncode == 0, got.stderr
 
 
 @pytest.mark.parametrize(

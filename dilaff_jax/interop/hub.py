@@ -3,11 +3,13 @@
     python -m dilaff_jax.interop.hub hf://OWNER/NAME FOLDER    # into a folder of one's own
 
 Needs the extra `hub`. Only what `FILES` names is up- or downloaded: numbers, JSON and text. Nothing
-of it is ever unpickled or run. HF_ENDPOINT says where the hub is, HF_TOKEN who asks.
+of it is ever unpickled or run, nor does it choose what is run: a config that names somebody's own
+encoder is used only from a folder that the user has fetched it to. HF_ENDPOINT says where the hub is, HF_TOKEN who asks.
 """
 
 import argparse
 import contextlib
+import json
 import pathlib
 import re
 import sys
@@ -56,8 +58,9 @@ def download(url: str, folder: pathlib.Path | None = None) -> pathlib.Path:
         folder: where to; None for the hub's own cache, where what is there is not fetched again.
 
     Raises:
-        UserError: `url` is no such path, the hub has no such run or lets nobody in, or `folder`
-            holds a run already.
+        UserError: `url` is no such path, the hub has no such run or lets nobody in, `folder` holds
+            a run already, or, without `folder`, the run asks for code ("module:name") that is not
+            this package's.
         OSError: the hub cannot be reached.
     """
     wanted = address(url)
@@ -73,7 +76,36 @@ def download(url: str, folder: pathlib.Path | None = None) -> pathlib.Path:
     path = pathlib.Path(found)
     if not (path / "config.json").is_file():
         raise UserError(f"{wanted} holds no run of this project: it has no config.json")
+    if folder is None:
+        _refuse_code(path, wanted)
     return path
+
+
+def _refuse_code(path: pathlib.Path, wanted: Address) -> None:
+    """Raises UserError where a run would have code of this machine called that its author names."""
+    for name, sections in (("config.json", ("model", "refine")), ("refine.json", ("refine",))):
+        try:
+            content = json.loads((path / name).read_text())
+        except (OSError, ValueError):
+            continue  # missing, or damaged: whoever reads it says so
+        if not isinstance(content, dict):
+            continue
+        found = [text for key in sections for text in _references(content.get(key))]
+        if found:
+            raise UserError(
+                f"{wanted} asks for code that is not this package's: {', '.join(found)}. If you "
+                f"trust its author, fetch it (python -m dilaff_jax.interop.hub {wanted} FOLDER), "
+                "look at its config.json, and load FOLDER"
+            )
+
+
+def _references(value: Any) -> list[str]:
+    """All texts of the form "module:attribute" within JSON."""
+    if isinstance(value, dict):
+        return [text for v in value.values() for text in _references(v)]
+    if isinstance(value, list):
+        return [text for v in value for text in _references(v)]
+    return [value] if isinstance(value, str) and ":" in value else []
 
 
 def upload(workdir: pathlib.Path, url: str, step: int, *, private: bool = False) -> str:
