@@ -4,7 +4,8 @@
 
 Needs the extra `hub`. Only what `FILES` names is up- or downloaded: numbers, JSON and text. Nothing
 of it is ever unpickled or run, nor does it choose what is run: a config that names somebody's own
-encoder is used only from a folder that the user has fetched it to. HF_ENDPOINT says where the hub is, HF_TOKEN who asks.
+encoder is used only from a folder that the user has fetched it to. HF_ENDPOINT says where the hub
+is, HF_TOKEN who asks.
 """
 
 import argparse
