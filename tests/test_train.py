@@ -408,6 +408,24 @@ def test_a_run_opens_each_split_once_and_keeps_what_it_decoded(data_dir, tmp_pat
     assert decoded.count("shapes/tiny validation") == 7
 
 
+@pytest.mark.parametrize(
+    ("plain", "refined", "advises"),
+    [
+        (0.6, 0.55, True),
+        (0.6, 0.6, False),
+        (0.6, 0.7, False),
+        (0.6, None, False),
+        (None, 0.6, False),
+    ],
+)
+def test_propagation_that_does_harm_is_said_with_what_to_do(plain, refined, advises):
+    scalars = {"plain/miou": plain, "refined/miou": refined}
+    results = evaluate.Results(1, {k: v for k, v in scalars.items() if v is not None}, "")
+    assert bool(results.advice) == advises
+    if advises:
+        assert "lowers mean IoU by 5.0 points: --mode fit" in results.advice
+
+
 def scored(values):
     """`Evaluation.score` that gives these values by step."""
     return lambda self, results: values.get(results.step)
