@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -171,6 +172,7 @@ def test_figures_before_and_after_are_those_of_the_metrics(model, folders):
     content = json.loads((folders / "out" / "refinement.json").read_text())
     assert content["figures"] == summary.figures
     assert content["operator"]["name"] == "signed"
+    assert content["provenance"]["versions"]["jax"] == jax.__version__
     assert content["transitions"].keys() == summary.transitions.keys()
     assert "boundary F" in str(summary)
 

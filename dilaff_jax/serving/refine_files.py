@@ -17,7 +17,7 @@ from dilaff_jax.data import images
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.labels import IGNORE_LABEL
-from dilaff_jax.runtime import files, reporting
+from dilaff_jax.runtime import files, provenance, reporting
 from dilaff_jax.serving import foreign_files, predict_files
 from dilaff_jax.serving.foreign_files import ARRAYS, Form
 from dilaff_jax.serving.network import Network
@@ -122,7 +122,10 @@ def refine(
         figures = {v: _figures(counts[v], classes.names) for v in (PLAIN, REFINED)}
         transitions = metrics.transition_summary(counts["transitions"], class_names=classes.names)
     summary = Summary(len(pictures), changed, pixels, figures, transitions)
-    content = dataclasses.asdict(summary) | {"operator": dict(predictor.network.refine)}
+    content = dataclasses.asdict(summary) | {
+        "operator": dict(predictor.network.refine),
+        "provenance": provenance.provenance("flax", "numpy"),
+    }
     files.write_text(options.output / "refinement.json", files.json_text(content, indent=1) + "\n")
     return summary
 
