@@ -1,4 +1,4 @@
-r"""VOC 2012: a frozen mobile DeepLab by itself, refined by affinity, DenseCRF and PAMR.
+r"""VOC 2012: a frozen mobile DeepLab by itself, refined by three affinity heads, and by DenseCRF.
 
     pip install -e '.[crf,report]'
     python -m dilaff_jax.data.prepare --dataset voc2012_seg --source DIR --data_dir data
@@ -46,7 +46,6 @@ def get_config() -> ml_collections.ConfigDict:
                 "bilateral_sigma": (20.0, 60.0),
                 "color_sigma": (5.0, 13.0),
                 "bilateral_weight": (4.0, 10.0),
-            },
-            "pamr": {"steps": (1, 3, 10), "temperature": (0.1, 0.3)},
+            }
         }
     return config

@@ -67,7 +67,7 @@ CONFIGS = cases(
         "unknown part",
         {"optm": 1},
         "config has no key 'optm' (did you mean 'optim'?); allowed: seed, num_steps, batch_size, "
-        "log_every, eval_every, checkpoint_every, best_metric, keep_latest, resume_changed, "
+        "log_every, eval_every, patience, checkpoint_every, best_metric, keep_latest, resume_changed, "
         "profile_steps, data, "
         "model, loss, optim, init, inference, eval, parallel, refine, ablate",
     ),
