@@ -6,7 +6,6 @@ results/quickstart.json. About five minutes a seed on two CPU cores; nothing els
 
 import argparse
 import datetime
-import json
 import os
 import pathlib
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 from benchmarks import timing
 from dilaff_jax import evaluate
-from dilaff_jax.report import compare_runs
+from dilaff_jax.report import compare_runs, run_summary
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What a first result has to show: per cent, and seconds.
@@ -71,7 +70,7 @@ def run(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _training_seconds(workdir: pathlib.Path) -> float:
     """From the start of a training to its last file: compilation and evaluation are in it."""
-    begun = json.loads((workdir / "starts.jsonl").read_text().splitlines()[0])["time"]
+    begun = run_summary.starts(workdir)[0]["time"]
     ended = (workdir / "evaluation").rglob("results.json")
     finished = max(file.stat().st_mtime for file in ended)
     return finished - datetime.datetime.fromisoformat(begun).timestamp()

@@ -65,11 +65,16 @@ class Results:
             "trained on"
         )
 
+    @property
+    def text(self) -> str:
+        """The table, and below it what to do where there is something."""
+        return "\n".join(filter(None, (self.table, self.advice)))
+
     def report(self, reporter: reporting.Reporter) -> None:
         """Writes figures and pictures where those of training are, and prints the table."""
         reporter.scalars(self.step, {f"eval/{k}": v for k, v in self.scalars.items()})
         reporter.pictures(self.step, self.pictures)
-        reporter.say("\n".join(filter(None, (self.table, self.advice))))
+        reporter.say(self.text)
 
 
 class Evaluation:
@@ -317,7 +322,7 @@ def evaluate_run(
     results = evaluation(variables, step)
     evaluation.finish(results)
     if jax.process_index() == 0:
-        print("\n".join(filter(None, (results.table, results.advice))))
+        print(results.text)
         print(f"step {step}; figures and pictures: {result_folder(workdir, step)}")
         if model.offsets is not None:
             print(f"refined by {refine}")

@@ -79,12 +79,8 @@ def fresh(
     if not given:
         return state
     if init.workdir:
-        if hub.is_address(init.workdir):
-            given_run = hub.download(init.workdir)
-        else:
-            given_run = files.local(init.workdir, "config.init.workdir")
         _, variables = checkpoint.read_variables(
-            given_run,
+            hub.local(init.workdir, "config.init.workdir"),
             variables,
             drop=init.drop,
             keep=init.keep,

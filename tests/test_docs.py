@@ -16,7 +16,7 @@ import yaml
 
 import dilaff_jax.data
 from dilaff_jax import affinity, objective, propagate, settings
-from dilaff_jax.configs import default
+from dilaff_jax.configs import default, shapes_quickstart
 from dilaff_jax.data import data_config, datasets, images, prepare
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.models import segmenter
@@ -139,6 +139,15 @@ def test_the_code_of_the_use_page_runs_on_a_picture(tmp_path, monkeypatch):
     scope = {}
     exec(code, scope)
     assert scope["result"].labels[:, [0, 31]].tolist() == [[0, 2]] * 24
+
+
+def test_the_quickstarts_network_is_as_large_as_the_pages_say():
+    config = shapes_quickstart.get_config()
+    variables = segmenter.abstract_variables(segmenter.build(config.model, 8))
+    millions = sum(x.size for x in jax.tree.leaves(variables["params"])) / 1e6
+    for page in ("README.md", "docs/tutorial.md", "docs/at_a_glance.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert f"plain U-Net of {millions:.1f} million parameters" in text, page
 
 
 def test_the_losses_of_the_method_page_are_losses():

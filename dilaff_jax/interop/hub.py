@@ -11,6 +11,7 @@ is, HF_TOKEN who asks.
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import re
 import sys
@@ -18,13 +19,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import files
 
 PREFIX = "hf://"
-# Of a workdir; `checkpoints/STEP/` of the state that is used.
-FILES = (
+# Of a workdir, once; and of a step: the state that is used, and its figures.
+_OF_A_RUN = (
     *("README.md", "config.json", "classes.json", "refine.json", "train_data.json"),
-    *("starts.jsonl", "evaluation/*/results.json", "checkpoints/*"),
+    "starts.jsonl",
 )
+_OF_A_STEP = ("checkpoints/{}/**", "evaluation/{}/results.json")
+FILES = (*_OF_A_RUN, *(pattern.format("*") for pattern in _OF_A_STEP))
 _URL = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?/?")
 
 
@@ -49,6 +53,11 @@ def address(url: str) -> Address:
     if match is None:
         raise UserError(f"{url!r} is no repository of the hub; give hf://OWNER/NAME[@REVISION]")
     return Address(match["name"], match["revision"])
+
+
+def local(path: str | os.PathLike, what: str) -> pathlib.Path:
+    """As `files.local`, where a run may be on the hub: hf://OWNER/NAME is then fetched."""
+    return download(str(path)) if is_address(path) else files.local(path, what)
 
 
 def download(url: str, folder: pathlib.Path | None = None) -> pathlib.Path:
@@ -123,15 +132,13 @@ def upload(workdir: pathlib.Path, url: str, step: int, *, private: bool = False)
         OSError: the hub cannot be reached.
     """
     wanted = address(url)
-    ours = [f for f in FILES if not f.startswith(("checkpoints", "evaluation"))]
-    ours += [f"checkpoints/{step}/**", f"evaluation/{step}/results.json"]
     with _asking(wanted) as hub:
         client = hub.HfApi()
         client.create_repo(wanted.name, private=private, exist_ok=True)
         done = client.upload_folder(
             repo_id=wanted.name,
             folder_path=workdir,
-            allow_patterns=ours,
+            allow_patterns=[*_OF_A_RUN, *(pattern.format(step) for pattern in _OF_A_STEP)],
             revision=wanted.revision,
             commit_message=f"Step {step}",
         )

@@ -56,13 +56,13 @@ def tversky(
     for name, value in (("alpha", alpha), ("beta", beta), ("smooth", smooth)):
         if not value >= 0:
             raise UserError(f"{name} is {value}; expected 0 or more")
-    probs, truth, valid = _prepared(logits, labels, ignore_label)
+    probs, truth, _ = _prepared(logits, labels, ignore_label)
     space = tuple(range(1, probs.ndim - 1))
     hit, predicted, true = (jnp.sum(x, space) for x in (probs * truth, probs, truth))
     weighed = hit + alpha * (predicted - hit) + beta * (true - hit)
     # At s = 0 a class that an image lacks would be 0 / 0; it does not count anyhow.
     index = (hit + smooth) / jnp.maximum(weighed + smooth, TINY)
-    return _over_images(1 - index, true > 0, valid)
+    return _over_images(1 - index, true > 0)
 
 
 def dice(
@@ -118,7 +118,7 @@ def lovasz_softmax(
     added = jnp.cumsum(1 - true, axis=-1)
     jaccard = 1 - (total - missed) / jnp.maximum(total + added, 1)
     steps = jnp.diff(jaccard, axis=-1, prepend=0)
-    return _over_images(jnp.sum(errors * steps, axis=-1), total[..., 0] > 0, valid)
+    return _over_images(jnp.sum(errors * steps, axis=-1), total[..., 0] > 0)
 
 
 def boundary(
@@ -170,7 +170,7 @@ def boundary(
     score = 2 * hits * reached / (hits * true + reached * found + _LITTLE)
     # An impossible label, NaN by now, spoils the loss also where no border is counted.
     score = score + 0 * jnp.sum(probs, space)
-    return _over_images(1 - score, true > 0, valid)
+    return _over_images(1 - score, true > 0)
 
 
 def _prepared(
@@ -183,12 +183,11 @@ def _prepared(
     return jnp.where(inside, jax.nn.softmax(logits), 0), jnp.where(inside, truth, 0), valid
 
 
-def _over_images(loss: jax.Array, present: jax.Array, valid: jax.Array) -> LossSum:
+def _over_images(loss: jax.Array, present: jax.Array) -> LossSum:
     """The mean of `[B, C]` over the classes present, summed over the images that have any."""
     classes = jnp.sum(present, axis=-1)
     mean = jnp.sum(jnp.where(present, loss, 0), axis=-1) / jnp.maximum(classes, 1)
-    counts = (classes > 0) & valid.reshape(valid.shape[0], -1).any(axis=-1)
-    return LossSum(jnp.sum(jnp.where(counts, mean, 0)), jnp.sum(counts, dtype=jnp.float32))
+    return LossSum(jnp.sum(mean), jnp.sum(classes > 0, dtype=jnp.float32))
 
 
 def _spread(x: jax.Array, window: int) -> jax.Array:

@@ -71,7 +71,6 @@ def text(
     title = address.rsplit("/", 1)[-1] or workdir.resolve().name
     task = "segments images" if trained.segmentation else "refines what other networks segment"
     affinity = "" if trained.offsets is None else f", {len(trained.offsets)} affinities a pixel"
-    record = run_summary.record(workdir)
     head = {
         "license": license_id,
         "library_name": "dilaff_jax",
@@ -117,7 +116,7 @@ On `{data.train_split}` of {data.dataset}{_held_out(data.hold_out)}, {config.num
 {config.batch_size} crops of {" × ".join(map(str, data.crop_size))} pixels, {config.optim.name}, \
 seed {config.seed}. `config.json` has every setting, `starts.jsonl` versions and hardware.
 
-{_started(record["starts"])}
+{_started(run_summary.starts(workdir))}
 
 ## Licence
 

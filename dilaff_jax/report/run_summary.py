@@ -11,6 +11,12 @@ from dilaff_jax import evaluate
 from dilaff_jax.runtime import files
 
 
+def starts(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """What is known of each time that a run was started, the first one first."""
+    lines = (workdir / "starts.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def record(workdir: pathlib.Path) -> dict[str, Any]:
     """What a trained run was and gave.
 
@@ -24,10 +30,9 @@ def record(workdir: pathlib.Path) -> dict[str, Any]:
     """
     results = evaluate.last_results(workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    starts = workdir / "starts.jsonl"
     return {
         "config": json.loads((workdir / "config.json").read_text()),
-        "starts": [json.loads(line) for line in starts.read_text().splitlines()],
+        "starts": starts(workdir),
         "curve": [_main_figures(line) for line in lines],
         "step": results.step,
         "results": {name: round(value, 6) for name, value in results.scalars.items()},

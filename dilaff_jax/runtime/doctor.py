@@ -177,16 +177,13 @@ def memory() -> Iterator[Finding]:
 def disks(workdir: pathlib.Path) -> Iterator[Finding]:
     """Free space of the workdir's disk and of that of temporary files."""
     there = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
-    for what, path in (("disk of the workdir", there), ("disk of temporary files", _temporary())):
+    temporary = pathlib.Path(tempfile.gettempdir())
+    for what, path in (("disk of the workdir", there), ("disk of temporary files", temporary)):
         free = shutil.disk_usage(path).free
         trouble = f"checkpoints and data sets need more: make room in {path}, or use another"
         yield Finding(what, f"{_gigabytes(free)} free ({path})", trouble if free < _DISK else "")
     if not os.access(there, os.W_OK):
         yield Finding("workdir", str(workdir), f"{there} cannot be written to")
-
-
-def _temporary() -> pathlib.Path:
-    return pathlib.Path(tempfile.gettempdir())
 
 
 def _gigabytes(count: float) -> str:

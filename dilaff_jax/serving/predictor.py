@@ -21,7 +21,6 @@ from dilaff_jax.data import contact_sheet, images
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
 from dilaff_jax.interop import hub
-from dilaff_jax.runtime import files
 from dilaff_jax.runtime.refinement import Use
 from dilaff_jax.serving import foreign
 from dilaff_jax.serving.network import Network, from_run
@@ -321,9 +320,7 @@ def load(
         FileNotFoundError: there is no such run or file.
         UserError: it is damaged, or of another model than `config`.
     """
-    if hub.is_address(path):
-        path = hub.download(str(path))
-    path = files.local(path, "the run or exported file")
+    path = hub.local(path, "the run or exported file")
     if path.is_file():
         from dilaff_jax.serving import exported
 
