@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from benchmarks import timing
 from dilaff_jax import losses, resize
 from dilaff_jax.configs import voc2012_deeplabv3_r50
+from dilaff_jax.models import geometry
+from dilaff_jax.models.gpu import conv as gpu_conv
 from dilaff_jax.preflight import chips
 from dilaff_jax.preflight.footprint import Footprint, measure
 from dilaff_jax.preflight.run import Programs
@@ -61,7 +63,45 @@ def loss(
     return make
 
 
+def backward(
+    convolve: Callable[[jax.Array, jax.Array, geometry.Geometry], jax.Array],
+    channels: int,
+    features: int,
+    rate: int,
+) -> Callable[[Devices], Callable[[int], Any]]:
+    """What lowers both gradients of one dilated 3×3 convolution of a map at stride 8."""
+    at = geometry.Geometry((1, 1), ((rate, rate),) * 2, (rate, rate))
+
+    def make(devices: Devices) -> Callable[[int], Any]:
+        def program(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> Any:
+            return jax.vjp(lambda x, w: convolve(x, w, at), x, kernel)[1](dy)
+
+        def lower(rows: int) -> Any:
+            shapes = (rows, 65, 65, channels), (3, 3, channels, features), (rows, 65, 65, features)
+            arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+            placed = devices.abstract(arrays)
+            return jax.jit(program).trace(*placed).lower(lowering_platforms=("tpu",))
+
+        return lower
+
+    return make
+
+
+def xla(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:
+    """XLA's own convolution."""
+    return geometry.native(x, kernel, at, depthwise=False)
+
+
+def for_gpu(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:
+    """The form that GPUs get: matrix products for many channels, undilated maps else."""
+    return gpu_conv.conv(x, kernel, at.strides, at.pads, rhs_dilation=at.rates)
+
+
 PARTS = {
+    "aspp_backward_xla": backward(xla, 2048, 256, 12),
+    "aspp_backward_as_on_a_gpu": backward(for_gpu, 2048, 256, 12),
+    "layer4_backward_xla": backward(xla, 512, 512, 4),
+    "layer4_backward_as_on_a_gpu": backward(for_gpu, 512, 512, 4),
     "cross_entropy_at_once": loss(
         lambda x, y: losses.cross_entropy(resize.bilinear(x, y.shape[1:]), y)
     ),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 import rich.console
 import rich.table
@@ -28,23 +29,39 @@ CLASSES = 21
 BASELINE, JOINT = "dilaff_jax, baseline", "dilaff_jax, with affinity"
 
 
+def batch_of(shape: tuple[int, int, int], classes: int = CLASSES) -> dict[str, np.ndarray]:
+    """Random images and labels, `shape` is (B, H, W)."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (*shape, 3)).astype(np.uint8),
+        "label": rng.integers(0, classes, shape).astype(np.uint8),
+    }
+
+
 def ours(affinity: float, dtype: str, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
-    """Our step on one device; returns what runs it once more, state carried on."""
+    """Our step on one device; returns what runs it once more, state carried on, and waits."""
     config = voc2012_deeplabv3_r50.get_config()
     config.model.dtype = dtype
     config.loss.affinity = affinity
+    run = step_of(config, batch)
+    return lambda: jax.block_until_ready(run())
+
+
+def step_of(config: ml_collections.ConfigDict, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """The training step of a config on one device; what it returns runs it once more."""
     model = segmenter.build(segmenter.config_of_run(config), CLASSES, axis_name=AXIS)
     tx, _ = optim.optimiser(config.optim, config.num_steps)
     train_step = step.TrainStep(config, model, CLASSES, tx)
     devices = Devices("pmap", 1)
-    state = [devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 65, 65, 3)))]
-    program = devices.map(train_step, out="replicated", donate=True)
+    seed = devices.replicate(step.seed_of(config))
+    state = [devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 65, 65, 3), seed))]
+    program = devices.map(train_step, out="replicated", donate=True, shared=1)
     # On the device before the clock starts, as torch's are.
     placed = jax.tree.map(jax.numpy.asarray, devices.shard(batch))
 
-    def run() -> None:
-        state[0] = program(state[0], placed)
-        jax.block_until_ready(state[0].params)
+    def run() -> Any:
+        state[0] = program(state[0], placed, seed)
+        return state[0].params
 
     return run
 
@@ -73,10 +90,6 @@ def torchs(compiled: bool, device: str, batch: dict[str, np.ndarray]) -> Callabl
             )
         loss.backward()
         optimiser.step()
-        if gpu:
-            torch.cuda.synchronize()
-        else:
-            loss.item()
 
     return run
 
@@ -84,12 +97,7 @@ def torchs(compiled: bool, device: str, batch: dict[str, np.ndarray]) -> Callabl
 def measure(size: int, batch_size: int, repeats: int) -> dict[str, Any]:
     """Times all contenders at one size, and prints a table."""
     gpu = jax.default_backend() == "gpu"
-    rng = np.random.default_rng(0)
-    shape = (batch_size, size, size)
-    batch = {
-        "image": rng.integers(0, 256, (*shape, 3)).astype(np.uint8),
-        "label": rng.integers(0, CLASSES, shape).astype(np.uint8),
-    }
+    batch = batch_of((batch_size, size, size))
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     runs = {
         BASELINE: ours(0.0, dtype, batch),

@@ -16,7 +16,7 @@ from dilaff_jax.models.frozen import Frozen
 from dilaff_jax.models.segmenter import Segmenter
 from dilaff_jax.runtime import checkpoint, files
 from dilaff_jax.schema import Key
-from dilaff_jax.step import TrainState, TrainStep
+from dilaff_jax.step import TrainState, TrainStep, seed_of
 
 # Images on which the BatchNorm of folded weights is calibrated.
 CALIBRATION_IMAGES = 32
@@ -74,7 +74,7 @@ def fresh(
     given = [name for name in ("workdir", "model", "encoder") if init[name]]
     if len(given) > 1:
         raise UserError(f"config.init has {' and '.join(given)}; give one of them")
-    state = jax.jit(train_step.init, static_argnums=0)(image_shape)
+    state = jax.jit(train_step.init, static_argnums=0)(image_shape, seed_of(config))
     variables: dict[str, Any] = {"params": state.params, "batch_stats": state.batch_stats}
     if not given:
         return state

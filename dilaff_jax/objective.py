@@ -11,6 +11,7 @@ import numpy as np
 
 from dilaff_jax import affinity, losses, propagate, resize, schema
 from dilaff_jax.errors import UserError
+from dilaff_jax.kernels import backends
 from dilaff_jax.losses import LossSum
 from dilaff_jax.numerics import log_probs
 from dilaff_jax.schema import Key, Rule
@@ -57,6 +58,12 @@ KEYS: schema.Section = {
         schema.OPTIONS,
         "Its keyword arguments, such as `class_weights`: numbers, or `'median_frequency'` for "
         "√(median frequency / frequency) in the training split. Of a sum: `{'dice': {...}, ...}`.",
+    ),
+    "blocks": Key(
+        "auto",
+        schema.choice("auto", "rows", "planes"),
+        "How logits are enlarged to the labels, piece by piece: `rows`, few and channels last, "
+        "as a TPU likes it; `planes`, a plane a class, as a GPU does; `auto` by the platform.",
     ),
     "auxiliary": Key(0.4, schema.FROM_0, "Weight of the auxiliary head's loss."),
     "affinity": Key(1.0, schema.FROM_0, "λ; 0 is the plain baseline, without affinity head."),
@@ -193,12 +200,12 @@ class Objective:
         """Returns sum and count of every term. labels: `[b, H, W]`, at full resolution."""
         logits = outputs["logits"]
         terms = {
-            term: _of_segmentation(name, logits, labels, options)
+            term: self._of_segmentation(name, logits, labels, options)
             for term, (name, _, options) in self._segmentation.items()
         }
         if "auxiliary" in self.weights:
-            terms["auxiliary"] = losses.upsampled_loss(
-                losses.cross_entropy, outputs["aux_logits"], labels
+            terms["auxiliary"] = self._of_segmentation(
+                "cross_entropy", outputs["aux_logits"], labels, {}
             )
         if "affinity" in self.weights:
             terms["affinity"] = self._affinity(outputs["affinity_logits"], labels)
@@ -217,6 +224,17 @@ class Objective:
             # Cross-entropy of log p is that of p: softmax(log p) = p.
             terms["refined"] = losses.cross_entropy(log_probs(probs), labels)
         return terms
+
+    def _of_segmentation(
+        self, name: str, logits: jax.Array, labels: jax.Array, options: Mapping[str, Any]
+    ) -> LossSum:
+        loss = getattr(losses, name)
+        if name not in PIXEL_LOSSES:
+            return loss(resize.bilinear(logits, labels.shape[1:3]), labels, **options)
+        blocks = self._config.blocks
+        if blocks == "auto":
+            blocks = "planes" if backends.traced_for() == "gpu" else "rows"
+        return losses.upsampled_loss(loss, logits, labels, blocks, **options)
 
     @staticmethod
     def _named(loss: ml_collections.ConfigDict) -> dict[str, tuple[str, float, Any]]:
@@ -270,12 +288,3 @@ class Objective:
                 "loss.affinity and loss.refined need an affinity head: set model.affinity, {} for "
                 "its defaults, or set both to 0 for the plain baseline"
             )
-
-
-def _of_segmentation(
-    name: str, logits: jax.Array, labels: jax.Array, options: Mapping[str, Any]
-) -> LossSum:
-    loss = getattr(losses, name)
-    if name in PIXEL_LOSSES:
-        return losses.upsampled_loss(loss, logits, labels, **options)
-    return loss(resize.bilinear(logits, labels.shape[1:3]), labels, **options)

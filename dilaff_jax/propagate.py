@@ -61,9 +61,9 @@ def random_walk(
         restart: r in [0, 1].
         order: "joint" sums all dilations in one step; "coarse_to_fine" and "fine_to_coarse" make a
             step a sweep over the dilations, each with a P of its own, largest or smallest first.
-        backend: "xla"; "pallas", the TPU's kernel, which other platforms interpret (slowly, for
-            tests); or "auto", the kernel on a TPU where the order is "joint" and
-            `kernels.bands.plan` takes the case, else XLA. They agree to 1e-5, gradients too.
+        backend: "xla"; "pallas", the kernel for a TPU or GPU, which a CPU interprets (slowly, for
+            tests); or "auto", the kernel where the order is "joint", and it takes the case and is
+            the faster one (`kernels.backends.run`), else XLA. They agree to 1e-5, gradients too.
 
     Returns:
         float32 `[B, *spatial, C]`.
@@ -311,8 +311,9 @@ def _random_walk(
 ) -> jax.Array:
     def in_xla(probs: jax.Array, affinity: jax.Array, options: WalkOptions) -> jax.Array:
         walk = functools.partial(xla.random_walk, offsets=offsets, steps=steps, order=order)
-        cpu = functools.partial(walk, on_cpu=True)
-        return jax.lax.platform_dependent(probs, affinity, options, cpu=cpu, default=walk)
+        cpu, gpu = (functools.partial(walk, form=form) for form in ("lanes", "apart"))
+        given = (probs, affinity, options)
+        return jax.lax.platform_dependent(*given, cpu=cpu, cuda=gpu, rocm=gpu, default=walk)
 
     if order != "joint":
         if backend == "pallas":
@@ -336,9 +337,9 @@ def _signed(
         probs: jax.Array, affinity_logits: jax.Array, strength: ArrayLike, bias: jax.Array
     ) -> jax.Array:
         run = functools.partial(xla.signed, offsets=offsets, steps=steps)
-        cpu = functools.partial(run, on_cpu=True)
+        cpu, gpu = (functools.partial(run, form=form) for form in ("lanes", "apart"))
         given = (probs, affinity_logits, strength, bias)
-        return jax.lax.platform_dependent(*given, cpu=cpu, default=run)
+        return jax.lax.platform_dependent(*given, cpu=cpu, cuda=gpu, rocm=gpu, default=run)
 
     arrays = (probs, affinity_logits, strength, bias)
     return backends.run(backend, "signed", in_xla, arrays, (strength,), offsets, steps)

@@ -18,8 +18,7 @@ import optax
 from dilaff_jax import affinity, losses, metrics
 from dilaff_jax.errors import UserError
 from dilaff_jax.losses import LossSum
-from dilaff_jax.models import frozen
-from dilaff_jax.models.cpu import dispatch
+from dilaff_jax.models import dispatch, frozen
 from dilaff_jax.objective import SEGMENTATION_LOSSES, Objective
 from dilaff_jax.runtime import parameter_names
 from dilaff_jax.runtime.parallel import AXIS
@@ -38,6 +37,11 @@ SOURCES = (
     "refined",
     "gradient",
 )
+
+
+def seed_of(config: ml_collections.ConfigDict) -> np.ndarray:
+    """The key of `config.seed` as numbers, which every process can place on its devices."""
+    return np.asarray(jax.random.key_data(jax.random.key(config.seed)))
 
 
 class RunningMetrics(flax.struct.PyTreeNode):
@@ -99,10 +103,11 @@ class TrainStep:
         self._config, self._model, self._num_classes, self._tx = config, model, num_classes, tx
         self._objective = Objective(config, model, num_classes)
 
-    def init(self, image_shape: tuple[int, ...]) -> TrainState:
-        """The state at step 0, from `config.seed`; `image_shape` is `[1, H, W, 3]`."""
+    def init(self, image_shape: tuple[int, ...], seed: jax.Array | np.ndarray) -> TrainState:
+        """The state at step 0; `image_shape` is `[1, H, W, 3]`, `seed` from `seed_of`."""
         images = jnp.zeros(image_shape, jnp.uint8)
-        variables = self._model.init(jax.random.key(self._config.seed), images, train=False)
+        key = jax.random.wrap_key_data(jnp.asarray(seed))
+        variables = self._model.init(key, images, train=False)
         return self.start(variables["params"], variables.get("batch_stats", {}))
 
     def start(self, params: Any, batch_stats: Any) -> TrainState:
@@ -129,12 +134,13 @@ class TrainStep:
             fault=jnp.array([-1, 0], jnp.int32),
         )
 
-    def __call__(self, state: TrainState, batch: Batch) -> TrainState:
+    def __call__(self, state: TrainState, batch: Batch, seed: jax.Array) -> TrainState:
         """Takes this device's rows of the batch, returns the state that all devices share.
 
-        batch: `image` `[b, H, W, 3]` in [0, 255], `label` `[b, H, W]`.
+        batch: `image` `[b, H, W, 3]` in [0, 255], `label` `[b, H, W]`. seed: from `seed_of`, an
+        argument, so that runs which differ in it share a compiled program.
         """
-        key = jax.random.fold_in(jax.random.key(self._config.seed), state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed), state.step)
         parts = frozen.Frozen(state.params, self._config.optim.frozen)
         gradient, batch_stats, terms, confusion = self._gradient(state, parts, batch, key)
         changing, fixed = parts.split({"params": state.params, "batch_stats": batch_stats})

@@ -24,7 +24,7 @@ from dilaff_jax.runtime import files, locks, preemption, provenance, reporting
 from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import AXIS, Devices
 from dilaff_jax.runtime.preemption import Preempted
-from dilaff_jax.step import RunningMetrics, TrainStep, fault_message
+from dilaff_jax.step import RunningMetrics, TrainStep, fault_message, seed_of
 
 
 def train_and_evaluate(
@@ -129,7 +129,8 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         lines = [f"resumed at step {begin} of {config.num_steps}", *changed]
         reporter.say("\n  changed: ".join(lines))
     reporter.say(reporting.parameter_table(state.params))
-    program = _compile(run, state, reporter)
+    seed = devices.replicate(seed_of(config))
+    program = _compile(run, state, seed, reporter)
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)
 
     # 3. The steps.
@@ -145,7 +146,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         for at in _steps(run, evaluation, begin, reporter):
             last = at == config.num_steps
             _profile(config.profile_steps, at, workdir)
-            state, token = program(state, next(batches))
+            state, token = program(state, next(batches), seed)
             # One step waits on the device while one runs, no more: a signal, a fault or a bar that
             # is many dispatched steps ahead of the device tells nothing.
             jax.block_until_ready(running)
@@ -264,7 +265,7 @@ def _evaluate(
 def _first_state(run: _Run, checkpoints: Checkpoints, batches: DevicePrefetch) -> tuple[int, Any]:
     """Step and state to go on from, on all devices; sets the position of `batches`."""
     shape = (1, *run.config.data.crop_size, 3)
-    abstract = jax.eval_shape(lambda: run.train_step.init(shape))
+    abstract = jax.eval_shape(lambda: run.train_step.init(shape, seed_of(run.config)))
     restored = checkpoints.restore(abstract, batches)
     if restored is None:
         state = initialise.fresh(run.config, run.train_step, run.model, run.train_source, shape)
@@ -275,17 +276,17 @@ def _first_state(run: _Run, checkpoints: Checkpoints, batches: DevicePrefetch) -
 
 
 def _compile(
-    run: _Run, state: Any, reporter: reporting.Reporter
-) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
+    run: _Run, state: Any, seed: jax.Array, reporter: reporting.Reporter
+) -> Callable[[Any, Any, jax.Array], tuple[Any, jax.Array]]:
     """The training step on all devices; says what it needs."""
     devices, crop = run.devices, run.config.data.crop_size
-    mapped = devices.map(_with_token(run.train_step), out="replicated", donate=True)
+    mapped = devices.map(_with_token(run.train_step), out="replicated", donate=True, shared=1)
     started = time.perf_counter()
     example = {
         "image": np.zeros((run.rows, *crop, 3), np.uint8),
         "label": np.zeros((run.rows, *crop), np.uint8),
     }
-    compiled = mapped.lower(state, devices.shard(example)).compile()
+    compiled = mapped.lower(state, devices.shard(example), seed).compile()
     kind = devices.local[0].device_kind
     reporter.say(f"{devices.total} devices ({kind}), {run.config.parallel.mode}")
     reporter.say(reporting.memory_line(compiled))
@@ -344,11 +345,11 @@ def _train_metrics(run: _Run, window: RunningMetrics, at: int) -> dict[str, floa
     }
 
 
-def _with_token(train_step: TrainStep) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
+def _with_token(train_step: TrainStep) -> Callable[[Any, Any, Any], tuple[Any, jax.Array]]:
     """The step, and a copy of its number that can be waited for once the state is given away."""
 
-    def advance(state: Any, batch: Any) -> tuple[Any, jax.Array]:
-        state = train_step(state, batch)
+    def advance(state: Any, batch: Any, seed: jax.Array) -> tuple[Any, jax.Array]:
+        state = train_step(state, batch, seed)
         return state, state.step
 
     return advance

@@ -116,13 +116,14 @@ def test_the_training_step_keeps_the_form_of_the_state(name):
     weighted = objective.with_class_weights(config, np.ones(classes))
     train_step = step.TrainStep(weighted, model, classes, tx)
     height, width = config.data.crop_size
-    state = jax.eval_shape(lambda: train_step.init((1, height, width, 3)))
-    mapped = parallel.Devices("shard_map", 1).map(train_step, out="replicated")
+    seed = step.seed_of(config)
+    state = jax.eval_shape(lambda: train_step.init((1, height, width, 3), seed))
+    mapped = parallel.Devices("shard_map", 1).map(train_step, out="replicated", shared=1)
     batch = {
         "image": jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((2, height, width), jnp.uint8),
     }
-    after = jax.eval_shape(mapped, state, batch)
+    after = jax.eval_shape(mapped, state, batch, seed)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )

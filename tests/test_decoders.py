@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dilaff_jax.models import decoders, layers, segmenter
-from dilaff_jax.models.cpu import dispatch
+from dilaff_jax.models import decoders, dispatch, layers, segmenter
 from tests.test_encoders import noise, random_variables
 
 NAMES = ("fcn", "pspnet", "unet", "deeplabv3", "deeplabv3plus")

@@ -13,6 +13,7 @@ from dilaff_jax.models import segmenter
 from dilaff_jax.models.frozen import Frozen
 from dilaff_jax.preflight.run import run as preflight
 from dilaff_jax.runtime import checkpoint, parallel, parameter_names
+from dilaff_jax.step import seed_of
 from tests import data_files
 from tests import test_step as of_step
 from tests.running import assert_bit_identical, killed_after, lines, saved
@@ -129,13 +130,14 @@ def compiled_step(frozen):
     config.optim.name = "adamw"
     _, train_step = of_step.make(config)
     devices = parallel.Devices("shard_map", 1)
-    state = devices.abstract(jax.eval_shape(lambda: train_step.init((1, 32, 32, 3))))
+    seed = seed_of(config)
+    state = devices.abstract(jax.eval_shape(lambda: train_step.init((1, 32, 32, 3), seed)))
     batch = {
         "image": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((2, 32, 32), jnp.uint8),
     }
-    program = devices.map(train_step, out="replicated", donate=True)
-    return state, program.lower(state, devices.abstract(batch, "sharded")).compile()
+    program = devices.map(train_step, out="replicated", donate=True, shared=1)
+    return state, program.lower(state, devices.abstract(batch, "sharded"), seed).compile()
 
 
 class WideEncoder(of_step.tiny.TinyEncoder):

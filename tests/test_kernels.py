@@ -1,4 +1,4 @@
-"""The TPU kernels, interpreted on the CPU, against XLA; and compiled for TPUs that are not there."""
+"""The kernels, interpreted on the CPU, against XLA; compiled for TPUs that are not there."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ from jax import export as jax_export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dilaff_jax import affinity, propagate
-from dilaff_jax.kernels import backends, bands, tpu
+from dilaff_jax.kernels import backends, bands, gpu, tpu, xla
 from dilaff_jax.preflight import chips, hlo
 
 # Interpreted once or twice each: optimising the program would take longer than running it.
@@ -154,6 +154,72 @@ def test_the_default_case_is_read_once_on_a_v5e_and_left_to_xla_on_a_v4():
     assert "VMEM holds too few rows" in bands.plan(probs, logits, offsets, 4, vmem=16 * 2**20)
 
 
+# On a GPU.
+
+SPATIAL = [
+    ((19, 23), (1, 2, 4, 8)),  # one tile, not full
+    ((40, 70), (1, 9)),  # several tiles on both axes
+    ((37,), (1, 3)),
+    ((5, 9, 35), (1, 2)),  # a volume
+    ((4, 3), (8,)),  # offsets longer than the map
+]
+
+
+@pytest.mark.parametrize(("spatial", "dilations"), SPATIAL, ids=str)
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_the_gpus_kernel_makes_the_numbers_of_xla(spatial, dilations, steps):
+    rng = np.random.default_rng(0)
+    offsets = as_tuples(affinity.offsets(dilations, ndim=len(spatial)))
+    probs = jnp.asarray(rng.dirichlet(np.ones(5), (2, *spatial)), jnp.float32)
+    logits = jnp.asarray(rng.normal(size=(2, *spatial, len(offsets))), jnp.float32)
+    bias = jnp.linspace(-2, 1, len(offsets))
+    given = {"offsets": offsets, "steps": steps}
+    for options in ((None, None, 1.0, None), (2.0, 0.3, 0.0, 0.2)):
+        walk = functools.partial(gpu.random_walk, options=options, interpret=True, **given)
+        found = hastily(walk, probs, jax.nn.sigmoid(logits))
+        expected = xla.random_walk(probs, jax.nn.sigmoid(logits), options, order="joint", **given)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    signed = functools.partial(gpu.signed, strength=0.3, bias=bias, interpret=True, **given)
+    found = hastily(signed, probs, logits)
+    np.testing.assert_allclose(found, xla.signed(probs, logits, 0.3, bias, **given), atol=1e-5)
+
+
+def test_the_gpus_kernel_reads_bfloat16_and_sums_in_float32():
+    probs, logits, offsets = problem((1, 18, 40, 3), (1, 4), dtype=jnp.bfloat16)
+    given = {"offsets": offsets, "steps": 3}
+    bias = jnp.zeros(len(offsets))
+    signed = functools.partial(gpu.signed, strength=0.3, bias=bias, interpret=True, **given)
+    found = hastily(signed, probs, logits)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, xla.signed(probs, logits, 0.3, bias, **given), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["lanes", "apart"])
+def test_the_forms_of_xla_make_the_same_numbers_and_gradients(form):
+    probs, logits, offsets = problem((2, 9, 11, 9), (1, 8))
+    given = {"offsets": offsets, "steps": 3}
+    options = (2.0, 0.3, 0.5, 0.2)
+
+    def walk(form):
+        def total(p, a):
+            return jnp.sum(xla.random_walk(p, a, options, order="joint", form=form, **given) ** 2)
+
+        return jax.value_and_grad(total, (0, 1))(probs, jax.nn.sigmoid(logits))
+
+    def signed(form):
+        def total(p, a, bias):
+            return jnp.sum(xla.signed(p, a, 0.3, bias, form=form, **given) ** 2)
+
+        return jax.value_and_grad(total, (0, 1, 2))(probs, logits, jnp.zeros(len(offsets)))
+
+    for operator in (walk, signed):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+            operator(form),
+            operator("plain"),
+        )
+
+
 # Which implementation runs where.
 
 
@@ -179,6 +245,52 @@ def test_the_kernel_is_chosen_on_tpus_only(a_tpu):
     assert "tpu_custom_call" not in lowered(*refine(32, backend="xla"))
     for platform in ("cpu", "cuda"):
         assert "custom_call" not in lowered(*refine(31), platform=platform)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "traced_for", lambda: "gpu")
+
+
+def primitives(function, *arrays):
+    return str(jax.make_jaxpr(function)(*arrays))
+
+
+def test_on_a_gpu_the_kernel_is_chosen_for_large_maps_and_when_asked_for(a_gpu):
+    small, large = (1, 9, 8, 41), (1, 1024, 1024, 41)
+    offsets = affinity.offsets((1, 2, 4))
+    for size, backend, chosen in [
+        (small, "auto", False),
+        (small, "pallas", True),
+        (large, "auto", True),
+        (large, "xla", False),
+    ]:
+        shapes = [jax.ShapeDtypeStruct((*size[:-1], c), np.float32) for c in (41, len(offsets))]
+        text = primitives(
+            lambda p, a, b=backend: propagate.signed(p, a, offsets, backend=b), *shapes
+        )
+        assert ("pallas_call" in text) == chosen, (size, backend)
+
+
+def test_on_a_gpu_what_the_kernel_does_not_take_is_refused(a_gpu):
+    function, *arrays = refine(42, strength=np.ones((6, 5, 1), np.float32), backend="pallas")
+    with pytest.raises(ValueError, match="an option is no scalar"):
+        function(*arrays)
+    offsets = affinity.offsets(tuple(range(1, 16)))
+    maps = jnp.full((1, 6, 5, 2), 0.5), jnp.zeros((1, 6, 5, len(offsets)))
+    with pytest.raises(ValueError, match="120 weights a pixel are more than 104 registers hold"):
+        propagate.signed(*maps, offsets, backend="pallas")
+
+
+def test_the_gpus_kernel_is_lowered_for_cuda_and_differentiated_as_xla(a_gpu):
+    function, *arrays = refine(43, backend="pallas")
+    if jax.__version_info__ < (0, 11):  # later ones want to know the card
+        assert "triton" in lowered(function, *arrays, platform="cuda")
+    gradient = jax.grad(lambda p, a: jnp.sum(function(p, a) ** 2), (0, 1))
+    found = gradient(*arrays)
+    function, *arrays = refine(43, backend="xla")
+    expected = jax.grad(lambda p, a: jnp.sum(function(p, a) ** 2), (0, 1))(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 def test_where_there_is_no_tpu_pallas_is_not_even_traced():

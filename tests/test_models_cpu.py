@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dilaff_jax.models import layers, segmenter
-from dilaff_jax.models.cpu import conv, depthwise_conv, dispatch, materialize
+from dilaff_jax.models import dispatch, layers, segmenter
+from dilaff_jax.models.cpu import conv, depthwise_conv, materialize
 from tests.test_encoders import noise
 
 

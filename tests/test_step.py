@@ -46,8 +46,10 @@ def programs(config, mode, count):
     """Devices, initial state and step; `config` is frozen, so that tests share what is compiled."""
     _, train_step = make(config)
     devices = parallel.Devices(mode, count)
-    state = devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3)))
-    return devices, state, devices.map(train_step, out="replicated")
+    seed = devices.replicate(step.seed_of(config))
+    state = devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3), seed))
+    program = devices.map(train_step, out="replicated", shared=1)
+    return devices, state, lambda state, batch: program(state, batch, seed)
 
 
 def run(config, mode="pmap", count=1, steps=3, batches=None):
@@ -406,6 +408,24 @@ def test_local_rows_come_back_in_the_order_of_the_batch():
         np.testing.assert_array_equal(devices.local_rows(found), rows + 1)
 
 
+def test_runs_that_differ_in_their_seed_share_a_program_and_differ():
+    texts, losses = set(), set()
+    for number in (0, 1, 2):
+        config = make_config()
+        config.seed = number
+        _, train_step = make(config)
+        seed = step.seed_of(config)
+        start = jax.jit(train_step.init, static_argnums=0)
+        devices = parallel.Devices("pmap", 1)
+        state = devices.replicate(start((1, 32, 32, 3), seed))
+        program = devices.map(train_step, out="replicated", shared=1)
+        lowered = program.lower(state, devices.shard(make_batch()), seed)
+        texts.add((start.lower((1, 32, 32, 3), seed).as_text(), lowered.as_text()))
+        losses.add(float(program(state, devices.shard(make_batch()), seed).window.losses["total"]))
+    assert len(texts) == 1
+    assert len(losses) == 3
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "accumulate", "count", "refused"),
     [
@@ -424,13 +444,14 @@ def test_batch_norm_of_a_single_value_is_refused(model, rows, accumulate, count,
     config.optim.accumulate = accumulate
     _, train_step = make(config)
     devices = parallel.Devices("shard_map", count)
-    state = devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3)))
-    program = devices.map(train_step, out="replicated")
+    seed = devices.replicate(step.seed_of(config))
+    state = devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3), seed))
+    program = devices.map(train_step, out="replicated", shared=1)
     batch = devices.shard(make_batch(rows=rows))
     if refused:
         with pytest.raises(
             UserError, match=r"BatchNorm of .*sees one pixel of one image in a step"
         ):
-            jax.eval_shape(program, state, batch)
+            jax.eval_shape(program, state, batch, seed)
     else:
-        jax.eval_shape(program, state, batch)
+        jax.eval_shape(program, state, batch, seed)

@@ -28,7 +28,7 @@ def write(workdir, **changes):
     model = segmenter.build(segmenter.config_of_run(config), len(NAMES), axis_name=parallel.AXIS)
     tx, _ = optim.optimiser(config.optim, config.num_steps)
     state = jax.jit(step.TrainStep(config, model, len(NAMES), tx).init, static_argnums=0)(
-        (1, 32, 32, 3)
+        (1, 32, 32, 3), step.seed_of(config)
     )
     # A fresh network is undecided everywhere; this one has opinions.
     rng = np.random.default_rng(0)

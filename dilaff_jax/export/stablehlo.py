@@ -27,7 +27,7 @@ from jax import export as jax_export
 
 from dilaff_jax import propagate, resize
 from dilaff_jax.errors import UserError
-from dilaff_jax.models.cpu import dispatch
+from dilaff_jax.models import dispatch
 from dilaff_jax.numerics import NEVER
 from dilaff_jax.runtime import files
 from dilaff_jax.serving.exported import FORMAT, METADATA, PROGRAM

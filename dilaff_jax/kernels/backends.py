@@ -1,6 +1,7 @@
 """Which implementation runs where: XLA, or the kernel of the platform."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -9,6 +10,10 @@ import jax
 from dilaff_jax.errors import UserError
 
 Backend: TypeAlias = Literal["auto", "xla", "pallas"]
+
+# Bytes of inputs and result from which the kernel for a GPU is ahead of XLA's loops. Measured on an
+# H200, whose second-level cache holds 60 MB, at 78 MB (behind) and 587 MB (twice as fast).
+_LARGE = 2**28
 
 
 def check(backend: str) -> None:
@@ -26,40 +31,86 @@ def run(
     offsets: tuple[tuple[int, ...], ...],
     steps: int,
 ) -> jax.Array:
-    """Runs a propagation operator in XLA or as the kernel of `kernels.tpu`.
+    """Runs a propagation operator in XLA or as a kernel, of `kernels.tpu` or `kernels.gpu`.
 
-    "auto" takes the kernel on a TPU where `bands.plan` finds no reason against it, else XLA: only
-    then is it traced, and its size chosen by that TPU's VMEM.
+    "auto" takes the kernel of the platform that is traced for, where nothing stands against it
+    (`bands.plan`, `gpu.obstacle`) and, on a GPU, the maps are large; else XLA. On a CPU it is
+    always XLA. Only then is a kernel traced, and its size chosen by a TPU's VMEM.
 
     Args:
         backend: "auto", "xla" or "pallas".
         name: of the kernel.
         xla: the operator as a function of `arrays`, whose gradient the kernel takes.
         arrays: probs, affinities or their logits, and the options.
-        scalars: a tree of the options that the kernel wants to be scalars.
+        scalars: a tree of the options that the kernels want to be scalars.
         offsets: K tuples.
         steps: T.
 
     Raises:
         UserError: backend "pallas" and a case that the kernel does not take.
     """
-    if backend == "xla" or (backend == "auto" and traced_for() != "tpu"):
+    platform = traced_for()
+    small = platform == "cpu" or (platform == "gpu" and not _is_large(*arrays[:2]))
+    if backend == "xla" or (backend == "auto" and small):
         return xla(*arrays)
-    from dilaff_jax.kernels import bands, tpu  # Pallas takes a while to import
-
-    plan = bands.plan(arrays[0], arrays[1], offsets, steps, scalars)
-    if isinstance(plan, str):
+    made = (_for_gpu if platform == "gpu" else _for_tpu)(name, arrays, scalars, offsets, steps)
+    if isinstance(made, str):
         if backend == "pallas":
-            raise UserError(f"backend 'pallas' does not take this case: {plan}; use 'auto'")
+            raise UserError(f"backend 'pallas' does not take this case: {made}; use 'auto'")
         return xla(*arrays)
 
     def kernel(interpret: bool) -> Callable[..., jax.Array]:
-        function = getattr(tpu, name)
-        call = functools.partial(function, plan=plan, interpret=interpret)
-        return tpu.with_gradient_of(xla, call)
+        return _with_gradient_of(xla, functools.partial(made, interpret=interpret))
 
     elsewhere = xla if backend == "auto" else kernel(interpret=True)
-    return jax.lax.platform_dependent(*arrays, tpu=kernel(interpret=False), default=elsewhere)
+    here = {"cuda" if platform == "gpu" else "tpu": kernel(interpret=False)}
+    return jax.lax.platform_dependent(*arrays, **here, default=elsewhere)
+
+
+def tracked(x: Any) -> bool:
+    """Whether a `shard_map` keeps track of what of this array varies over devices."""
+    kind = jax.typeof(x) if isinstance(x, jax.Array) else None
+    return bool(getattr(getattr(kind, "manual_axis_type", None), "varying", ()))
+
+
+def _is_large(probs: jax.Array, guide: jax.Array) -> bool:
+    if not all(isinstance(n, int) for n in probs.shape):
+        return False
+    return math.prod(probs.shape[:-1]) * 4 * (guide.shape[-1] + 2 * probs.shape[-1]) >= _LARGE
+
+
+def _for_tpu(
+    name: str, arrays: tuple[Any, ...], scalars: Any, offsets: Any, steps: int
+) -> Callable[..., jax.Array] | str:
+    from dilaff_jax.kernels import bands, tpu  # Pallas takes a while to import
+
+    plan = bands.plan(arrays[0], arrays[1], offsets, steps, scalars)
+    return plan if isinstance(plan, str) else functools.partial(getattr(tpu, name), plan=plan)
+
+
+def _for_gpu(
+    name: str, arrays: tuple[Any, ...], scalars: Any, offsets: Any, steps: int
+) -> Callable[..., jax.Array] | str:
+    from dilaff_jax.kernels import gpu  # Pallas takes a while to import
+
+    obstacle = gpu.obstacle(arrays[0], arrays[1], scalars)
+    return obstacle or functools.partial(getattr(gpu, name), offsets=offsets, steps=steps)
+
+
+def _with_gradient_of(
+    reference: Callable[..., jax.Array], kernel: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """`kernel`, differentiated as `reference`, the same function of arrays written in XLA.
+
+    The backward pass makes the reference's steps again and keeps one map a step. It is no kernel:
+    what it moves is mostly gradients of the K weights, which XLA writes as often as a kernel would.
+    """
+    function = jax.custom_vjp(kernel)
+    function.defvjp(
+        lambda *arrays: (kernel(*arrays), arrays),
+        lambda arrays, gradient: jax.vjp(reference, *arrays)[1](gradient),
+    )
+    return function
 
 
 def traced_for() -> str:

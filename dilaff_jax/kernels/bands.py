@@ -12,6 +12,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dilaff_jax.kernels import backends
+
 Offsets = tuple[tuple[int, ...], ...]
 Map = jax.Array | jax.ShapeDtypeStruct
 
@@ -126,7 +128,7 @@ def plan(
         return "there is no step to make"
     if any(np.ndim(x) for x in jax.tree.leaves(scalars)):
         return "an option is no scalar"
-    if _tracked(probs) or _tracked(guide):
+    if backends.tracked(probs) or backends.tracked(guide):
         return "shard_map keeps track of what varies over devices (check_vma=True)"
     batch, height, width, classes = probs.shape
     halo = 2 * steps * _reach(offsets, height)
@@ -173,11 +175,6 @@ def cost(plan: Plan, probs: Map, guide: Map) -> pl.CostEstimate:
 def scoped_vmem(plan: Plan) -> int:
     """Bytes of VMEM that the compiler may take: the plan's and its own."""
     return max(_LEAST_VMEM, int(plan.vmem / _SHARE))
-
-
-def _tracked(x: Map) -> bool:
-    kind = jax.typeof(x) if isinstance(x, jax.Array) else None
-    return bool(getattr(getattr(kind, "manual_axis_type", None), "varying", ()))
 
 
 def _reach(offsets: Offsets, height: int) -> int:

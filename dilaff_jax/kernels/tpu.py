@@ -108,20 +108,6 @@ def random_walk(
     return _call(rule, probs, affinity, values, plan, interpret)
 
 
-def with_gradient_of(reference: Callable[..., jax.Array], kernel: Callable[..., jax.Array]) -> Any:
-    """`kernel`, differentiated as `reference`, the same function of arrays written in XLA.
-
-    The backward pass makes the reference's steps again and keeps one map a step. It is no kernel:
-    what it moves is mostly gradients of the K weights, which XLA writes as often as a kernel would.
-    """
-    function = jax.custom_vjp(kernel)
-    function.defvjp(
-        lambda *arrays: (kernel(*arrays), arrays),
-        lambda arrays, gradient: jax.vjp(reference, *arrays)[1](gradient),
-    )
-    return function
-
-
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """What tells one operator from another, for a row of the map, channels by columns.

@@ -2,11 +2,13 @@
 
 How the steps are summed was chosen by measurement (benchmarks/propagation.py): on a CPU, static
 slices of an array padded once a step, channels last, fuse into one loop; shifts written as pads of
-their own, or dynamic slices, do not.
+their own, or dynamic slices, do not. On a GPU the weights of each neighbour are cut out of the map
+of weights before the loop over the steps: within it XLA cuts them out anew in every step, a launch
+and a pass over the map for each.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import jax
@@ -19,6 +21,9 @@ from dilaff_jax.errors import UserError
 from dilaff_jax.numerics import log_probs
 
 Order: TypeAlias = Literal["joint", "coarse_to_fine", "fine_to_coarse"]
+# "lanes": padded to whole registers of classes, for a CPU; "apart": a map of weights for each
+# neighbour, for a GPU.
+Form: TypeAlias = Literal["plain", "lanes", "apart"]
 Offsets: TypeAlias = tuple[tuple[int, ...], ...]
 
 # Sharpness, threshold, self_weight, restart; None where it changes nothing.
@@ -35,20 +40,16 @@ def random_walk(
     offsets: Offsets,
     steps: int,
     order: Order,
-    on_cpu: bool = False,
+    form: Form = "plain",
 ) -> jax.Array:
-    """`propagate.random_walk`, see there; `on_cpu`: padded to whole registers of classes."""
+    """`propagate.random_walk`, see there, in the form that a platform is fast at."""
     sharpness, threshold, self_weight, restart = options
-    start = _widen(probs.astype(jnp.float32), on_cpu)
+    start = _widen(probs.astype(jnp.float32), form)
     weights = affinity.astype(jnp.float32)
     if sharpness is not None or threshold is not None:
-        weights = _gate(
-            weights,
-            1 if sharpness is None else sharpness,
-            0 if threshold is None else threshold,
-        )
+        weights = gate(weights, sharpness, threshold)
     if order == "joint":
-        advance = _joint(weights, self_weight, offsets, on_cpu)
+        advance = _joint(weights, self_weight, offsets, form)
     else:
         advance = _sweep(weights, self_weight, offsets, order)
 
@@ -60,7 +61,7 @@ def random_walk(
             walked = jnp.asarray((1 - restart) * walked + restart * start)
         return walked, None
 
-    return jax.lax.scan(step, start, length=steps)[0][..., : probs.shape[-1]]
+    return jax.lax.scan(step, start, length=steps, unroll=_unroll(form))[0][..., : probs.shape[-1]]
 
 
 def signed(
@@ -70,19 +71,20 @@ def signed(
     bias: jax.Array,
     offsets: Offsets,
     steps: int,
-    on_cpu: bool = False,
+    form: Form = "plain",
 ) -> jax.Array:
-    """`propagate.signed`, see there, of votes that were not tempered; `on_cpu` as above."""
-    unary = _widen(log_probs(probs.astype(jnp.float32)), on_cpu, -jnp.inf)
-    start = _widen(probs.astype(jnp.float32), on_cpu)
+    """`propagate.signed`, see there, of votes that were not tempered; `form` as above."""
+    unary = _widen(log_probs(probs.astype(jnp.float32)), form, -jnp.inf)
+    start = _widen(probs.astype(jnp.float32), form)
     # Neighbours outside read the zeros that pad q, so they need no mask of their own.
-    weights = jnp.asarray(strength * (affinity_logits.astype(jnp.float32) - bias))
+    votes = jnp.asarray(strength * (affinity_logits.astype(jnp.float32) - bias))
+    weights = _split(votes, form)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(q: jax.Array, _: None) -> tuple[jax.Array, None]:
         return jax.nn.softmax(unary + _weighted_sum(q, weights, offsets)), None
 
-    return jax.lax.scan(step, start, length=steps)[0][..., : probs.shape[-1]]
+    return jax.lax.scan(step, start, length=steps, unroll=_unroll(form))[0][..., : probs.shape[-1]]
 
 
 @jax.jit
@@ -92,29 +94,46 @@ def votes(affinity_logits: jax.Array, bias: jax.Array, repulsion: ArrayLike) -> 
     return jnp.where(evidence < 0, repulsion * evidence, evidence)
 
 
-def _gate(affinity: jax.Array, sharpness: ArrayLike, threshold: ArrayLike) -> jax.Array:
-    """a^β·1[a > τ]. exp(β·log a), because XLA vectorises it where it calls a library for `pow`."""
+def gate(
+    affinity: jax.Array, sharpness: ArrayLike | None, threshold: ArrayLike | None
+) -> jax.Array:
+    """a^β·1[a > τ]; None where an option changes nothing.
+
+    Taken as exp(β·log a), because XLA vectorises that where it calls a library for `pow`.
+    """
+    sharpness = 1 if sharpness is None else sharpness
+    threshold = 0 if threshold is None else threshold
     is_open = affinity > threshold
     # log 0 is kept out of the branch not taken too: its gradient would be 0·∞.
     return jnp.where(is_open, jnp.exp(sharpness * jnp.log(jnp.where(is_open, affinity, 1))), 0)
 
 
-def _widen(x: jax.Array, on_cpu: bool, fill: float = 0.0) -> jax.Array:
+def _split(weights: jax.Array, form: Form) -> Sequence[jax.Array] | jax.Array:
+    """The weights of each neighbour, `[B, *spatial, 1]`, or all of them as they are."""
+    return jnp.split(weights, weights.shape[-1], axis=-1) if form == "apart" else weights
+
+
+def _unroll(form: Form) -> int:
+    # In pairs, a map on a GPU takes turns with another, and none is copied.
+    return 2 if form == "apart" else 1
+
+
+def _widen(x: jax.Array, form: Form, fill: float = 0.0) -> jax.Array:
     """Fills up the classes to a multiple of 8 on a CPU, whose registers hold so many.
 
     Of 21 classes the last five would be done one by one.
     """
     classes = x.shape[-1]
-    if not on_cpu or classes < _LANES:
+    if form != "lanes" or classes < _LANES:
         return x
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -classes % _LANES)], constant_values=fill)
 
 
-def _inside_sum(weights: jax.Array, offsets: Offsets, on_cpu: bool) -> jax.Array:
+def _inside_sum(weights: jax.Array, offsets: Offsets, form: Form) -> jax.Array:
     """Σ_o weights[i,o] over the neighbours inside the image, `[B, *spatial, 1]`."""
     spatial = weights.shape[1:-1]
     is_inside = inside(spatial, np.array(offsets))
-    if not on_cpu or not all(isinstance(n, int) for n in spatial):
+    if form != "lanes" or not all(isinstance(n, int) for n in spatial):
         return jnp.sum(weights * is_inside, axis=-1, keepdims=True)
     # Where i+o is inside is asked along the border only: everywhere, XLA asks it number by number.
     total = weights.sum(axis=-1, keepdims=True)
@@ -139,7 +158,9 @@ def _normalise(total: jax.Array, self_weight: ArrayLike) -> tuple[jax.Array, jax
     return 1 / whole, jnp.where(alone, 1, self_weight / whole)
 
 
-def _weighted_sum(p: jax.Array, weights: jax.Array, offsets: Offsets) -> jax.Array:
+def _weighted_sum(
+    p: jax.Array, weights: Sequence[jax.Array] | jax.Array, offsets: Offsets
+) -> jax.Array:
     """Σ_o weights[i,o]·p[i+o], zero outside."""
     spatial = p.shape[1:-1]
     reach = [min(max(abs(o[a]) for o in offsets), n) for a, n in enumerate(spatial)]
@@ -151,15 +172,19 @@ def _weighted_sum(p: jax.Array, weights: jax.Array, offsets: Offsets) -> jax.Arr
         window = tuple(
             slice(r + o, r + o + n) for r, o, n in zip(reach, offset, spatial, strict=True)
         )
-        total = total + weights[..., k : k + 1] * padded[(slice(None), *window)]
+        weight = weights[..., k : k + 1] if isinstance(weights, jax.Array) else weights[k]
+        total = total + weight * padded[(slice(None), *window)]
     return total
 
 
 def _joint(
-    weights: jax.Array, self_weight: ArrayLike, offsets: Offsets, on_cpu: bool
+    weights: jax.Array, self_weight: ArrayLike, offsets: Offsets, form: Form
 ) -> Callable[[jax.Array], jax.Array]:
     """One walk step over all offsets at once."""
-    scale, own = _normalise(_inside_sum(weights, offsets, on_cpu), self_weight)
+    scale, own = _normalise(_inside_sum(weights, offsets, form), self_weight)
+    if form == "apart":  # multiplied as they are cut out: one pass
+        shares = _split(weights * scale, form)
+        return lambda p: own * p + _weighted_sum(p, shares, offsets)
     # Neighbours outside read the zeros that pad p, so their weights need not be set to 0.
     return lambda p: own * p + scale * _weighted_sum(p, weights, offsets)
 

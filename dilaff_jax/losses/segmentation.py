@@ -1,7 +1,7 @@
 """Losses of the segmentation: logits `[B, *spatial, C]` against labels `[B, *spatial]`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,21 @@ from dilaff_jax.losses import mining
 from dilaff_jax.losses.loss_sum import LossSum, check_gamma, check_segmentation
 from dilaff_jax.numerics import TINY
 
+Blocks: TypeAlias = Literal["rows", "planes"]
+
 # Rows of labels for which logits exist at a time: 8 images of 513 pixels and 21 classes then take
-# 28 MB, which stays in a TPU's VMEM and in a GPU's second-level cache.
+# 28 MB, which stays in a TPU's VMEM.
 _ROWS = 64
+# Bytes of logits that exist at a time in planes: so few blocks that their launches do not count,
+# and not more than a GPU can spare.
+_PLANES = 2**29
 
 
 def upsampled_loss(
     loss: Callable[..., LossSum],
     logits: Float[Array, " B h w C"],
     labels: Integer[Array, " B H W"],
+    blocks: Blocks = "rows",
     **options: Any,
 ) -> LossSum:
     """A loss of logits upsampled to the size of the labels, which never exist as a whole.
@@ -33,20 +39,31 @@ def upsampled_loss(
     are made again in the backward pass: at 513², stride 8 and 21 classes they would be 22 MB an
     image, written once and read four times.
 
+    Two ways to the same numbers. "rows": blocks of at most 64 rows, channels last, which stay in a
+    TPU's VMEM. "planes": a plane a class, in blocks of at most 512 MB, mostly one: a GPU has no
+    such memory, pays for every launch, and would turn the channels around between products and
+    sums.
+
     Args:
         loss: `cross_entropy` or `focal`: one that weighs every pixel by itself. Mining, which
             compares the pixels of an image, needs them all at once.
         logits: `[B, h, w, C]`.
         labels: integers `[B, H, W]`; `options` may name another `ignore_label`.
+        blocks: "rows" or "planes".
         options: of the loss.
 
     Raises:
         UserError: as the loss.
     """
     height, width = labels.shape[1:]
-    if height <= _ROWS:
+    most = _ROWS
+    if blocks == "planes":
+        if logits.shape[1:3] == (height, width):
+            return loss(logits.astype(jnp.float32), labels, **options)
+        most = max(1, _PLANES // (4 * logits.shape[0] * logits.shape[3] * width))
+    elif height <= _ROWS:
         return loss(resize.bilinear(logits, (height, width)), labels, **options)
-    count = -(-height // _ROWS)
+    count = -(-height // most)
     rows = -(-height // count)
     missing = count * rows - height
     # Each block: the few rows of logits that it reads, their weights, its labels; at the end,
@@ -56,20 +73,28 @@ def upsampled_loss(
     few = jnp.stack([logits[:, i : i + weights.shape[-1]] for i in starts])
     ignored = options.get("ignore_label", IGNORE_LABEL)
     padded = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignored)
-    blocks = jnp.moveaxis(padded.reshape(-1, count, rows, width), 1, 0)
+    parts = jnp.moveaxis(padded.reshape(-1, count, rows, width), 1, 0)
     across = resize.matrix(logits.shape[2], width)
 
-    @jax.checkpoint
     def block(few: jax.Array, weights: jax.Array, labels: jax.Array) -> LossSum:
+        if blocks == "planes":
+            few = jnp.moveaxis(few.astype(jnp.float32), -1, 1)
+            tall = jnp.einsum("rh,bchw->bcrw", weights, few, precision="highest")
+            full = jnp.einsum("kw,bcrw->bcrk", across, tall, precision="highest")
+            return loss(jnp.moveaxis(full, 1, -1), labels, **options)
         tall = jnp.einsum("rh,bhwc->brwc", weights, few, precision="highest")
         full = jnp.einsum("kw,brwc->brkc", across, tall, precision="highest")
         return loss(full, labels, **options)
+
+    if count == 1:
+        return block(few[0], weights[0], labels)
+    block = jax.checkpoint(block)
 
     def visit(total: LossSum, xs: tuple[jax.Array, ...]) -> tuple[LossSum, None]:
         return total + block(*xs), None
 
     nothing = LossSum(jnp.zeros(()), jnp.zeros(()))
-    return jax.lax.scan(visit, nothing, (few, jnp.asarray(weights), blocks))[0]
+    return jax.lax.scan(visit, nothing, (few, jnp.asarray(weights), parts))[0]
 
 
 def _bands(matrices: np.ndarray) -> tuple[list[int], np.ndarray]:

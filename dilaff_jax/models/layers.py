@@ -13,8 +13,11 @@ import numpy as np
 
 from dilaff_jax import resize
 from dilaff_jax.errors import UserError
-from dilaff_jax.models.cpu import batch_norm, conv, depthwise_conv, dispatch
+from dilaff_jax.models import dispatch, geometry
+from dilaff_jax.models.cpu import batch_norm, depthwise_conv
+from dilaff_jax.models.cpu import conv as conv_on_cpu
 from dilaff_jax.models.cpu import max_pool as max_pool_on_cpu
+from dilaff_jax.models.gpu import conv as conv_on_gpu
 
 Padding: TypeAlias = Literal["symmetric", "same"]
 TorchKeys: TypeAlias = tuple[tuple[str, str], ...]
@@ -42,6 +45,7 @@ class Style:
         dtype: of the computation. Parameters and statistics are float32.
         axis_name: the mapped axis over which BatchNorm averages its statistics.
         remat: compute the encoder's blocks again in the backward pass instead of keeping them.
+        convolution: "auto", in the form that the platform is fast at; or "xla", XLA's own.
     """
 
     norm: Literal["batch", "group"] = "batch"
@@ -49,6 +53,7 @@ class Style:
     dtype: Any = jnp.float32
     axis_name: str | None = None
     remat: bool = False
+    convolution: Literal["auto", "xla"] = "auto"
 
 
 class ConvNorm(nn.Module):
@@ -93,7 +98,7 @@ class ConvNorm(nn.Module):
                 self.stride,
                 padding,
                 self.dilation,
-                self.style.dtype,
+                self.style,
                 name="conv",
             )(x)
         else:
@@ -107,7 +112,7 @@ class ConvNorm(nn.Module):
                 use_bias=False,
                 dtype=self.style.dtype,
                 kernel_init=_he_normal(self.depthwise),
-                conv_general_dilated=_own_conv(self.depthwise),
+                conv_general_dilated=_own_conv(self.depthwise, self.style),
                 name="conv",
             )(x)
         if train:
@@ -163,7 +168,7 @@ class JoinedConv(nn.Module):
         stride: of the convolution.
         padding: as `lax` takes it.
         dilation: of the convolution.
-        dtype: of the computation.
+        style: see `Style`.
     """
 
     features: int
@@ -171,18 +176,19 @@ class JoinedConv(nn.Module):
     stride: int
     padding: Any
     dilation: int
-    dtype: Any
+    style: Style
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array]) -> jax.Array:
         """`[B, H, W, C_i]` each to `[B, H', W', F]`; a 1×1 window takes maps of one pixel, too."""
         channels = sum(x.shape[-1] for x in maps)
         shape = (self.kernel, self.kernel, channels, self.features)
-        filters = self.param("kernel", _he_normal(False), shape, jnp.float32).astype(self.dtype)
-        total, start = jnp.zeros((), self.dtype), 0
+        dtype, convolve = self.style.dtype, _own_conv(False, self.style) or _library_conv
+        filters = self.param("kernel", _he_normal(False), shape, jnp.float32).astype(dtype)
+        total, start = jnp.zeros((), dtype), 0
         for x in maps:
-            total += conv.conv(
-                x.astype(self.dtype),
+            total += convolve(
+                x.astype(dtype),
                 filters[:, :, start : start + x.shape[-1]],
                 (self.stride, self.stride),
                 self.padding,
@@ -247,7 +253,7 @@ def classifier(
         (1, 1),
         dtype=style.dtype,
         kernel_init=init,
-        conv_general_dilated=_own_conv(depthwise=False),
+        conv_general_dilated=_own_conv(False, style),
         name=name,
     )
 
@@ -283,7 +289,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     # Of images of any size, only the library's is known to fit.
     of_any_size = not all(isinstance(n, int) for n in x.shape[1:3])
     match "gpu" if of_any_size else dispatch.target():
-        case "cpu":
+        case "cpu" | "gpu":
             return max_pool_on_cpu.max_pool(x)
         case "any":
             cpu = max_pool_on_cpu.max_pool
@@ -307,11 +313,30 @@ def _cells(n: int, size: int) -> np.ndarray:
     return cells
 
 
-def _own_conv(depthwise: bool) -> Callable[..., jax.Array] | None:
-    """What Flax's layer is to call instead of XLA's convolution; None off a CPU."""
-    if dispatch.target() not in ("cpu", "any"):
+def _own_conv(depthwise: bool, style: Style) -> Callable[..., jax.Array] | None:
+    """What Flax's layer is to call instead of XLA's convolution; None where that is best."""
+    if style.convolution == "xla":
         return None
-    return depthwise_conv.conv if depthwise else conv.conv
+    match dispatch.target():
+        case "cpu" | "any":
+            return depthwise_conv.conv if depthwise else conv_on_cpu.conv
+        case "gpu" if not depthwise:
+            return conv_on_gpu.conv
+        case _:
+            return None
+
+
+def _library_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: geometry.Padding,
+    *,
+    rhs_dilation: Sequence[int],
+) -> jax.Array:
+    """XLA's convolution, called as `flax.linen.Conv` calls its `conv_general_dilated`."""
+    at = geometry.geometry(x, kernel, strides, padding, rhs_dilation)
+    return geometry.native(x, kernel, at, depthwise=False)
 
 
 def _he_normal(depthwise: bool) -> nn.initializers.Initializer:

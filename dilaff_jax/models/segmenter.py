@@ -90,6 +90,11 @@ KEYS: schema.Section = {
         schema.SWITCH,
         "Compute the encoder's blocks again in the backward pass instead of keeping them.",
     ),
+    "convolution": Key(
+        "auto",
+        schema.choice("auto", "xla"),
+        "`auto`, in the form that the platform is fast at; or `xla`, XLA's own.",
+    ),
     "decoder": Key(
         "deeplabv3",
         schema.NAME,
@@ -294,4 +299,5 @@ def _style(config: Mapping[str, Any], axis_name: str | None) -> layers.Style:
         getattr(jnp, config["dtype"]),
         axis_name,
         config["remat"],
+        config["convolution"],
     )

@@ -27,7 +27,7 @@ from dilaff_jax.preflight import chips
 from dilaff_jax.preflight.chips import GIB, Chip
 from dilaff_jax.preflight.footprint import Footprint, available, measure, table
 from dilaff_jax.runtime.parallel import AXIS, Devices
-from dilaff_jax.step import TrainStep
+from dilaff_jax.step import TrainStep, seed_of
 
 # The search for the largest batch ends when it is known to this share.
 _RESOLUTION = 1 / 16
@@ -66,7 +66,8 @@ class Programs:
         self._tx, _ = optim.optimiser(config.optim, config.num_steps)
         self._train = TrainStep(config, self._model, num_classes, self._tx)
         self._eval = EvalStep(config, self._model, num_classes)
-        self._state = jax.eval_shape(lambda: self._train.init(self._image))
+        self._seed = seed_of(config)
+        self._state = jax.eval_shape(lambda: self._train.init(self._image, self._seed))
 
     def all(self, rows: int) -> dict[str, tuple[Callable[[int], Any], int]]:
         """{name: (what lowers it, images a device)}; the training step with `rows`."""
@@ -89,7 +90,9 @@ class Programs:
         config = self._config.copy_and_resolve_references()
         config.optim.frozen = ()
         step = TrainStep(config, self._model, self._num_classes, self._tx)
-        return self._lower_step(step, jax.eval_shape(lambda: step.init(self._image)), rows)
+        return self._lower_step(
+            step, jax.eval_shape(lambda: step.init(self._image, self._seed)), rows
+        )
 
     def eval_step(self, rows: int) -> Any:
         """The evaluation step, lowered."""
@@ -114,8 +117,9 @@ class Programs:
         return self._lower(self._devices.map(program, out="sharded"), (), maps)
 
     def _lower_step(self, train_step: TrainStep, state: Any, rows: int) -> Any:
-        program = self._devices.map(train_step, out="replicated", donate=True)
-        return self._lower(program, state, self._batch(rows, self._config.data.crop_size))
+        program = self._devices.map(train_step, out="replicated", donate=True, shared=1)
+        batch = self._batch(rows, self._config.data.crop_size)
+        return self._lower(program, state, batch, self._seed)
 
     def _batch(self, rows: int, size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (rows * self._devices.total, *size)
@@ -124,10 +128,11 @@ class Programs:
             "label": jax.ShapeDtypeStruct(shape, jnp.uint8),
         }
 
-    def _lower(self, program: Any, state: Any, batch: Any) -> Any:
+    def _lower(self, program: Any, state: Any, batch: Any, *shared: Any) -> Any:
         placed = self._devices.abstract(state), self._devices.abstract(batch, "sharded")
+        whole = self._devices.abstract(shared)
         platform = self._devices.local[0].platform
-        return program.trace(*placed).lower(lowering_platforms=(platform,))
+        return program.trace(*placed, *whole).lower(lowering_platforms=(platform,))
 
 
 def run(

@@ -137,14 +137,22 @@ class Devices:
         # pmap's state is placed on the devices of this process, shard_map's on those of all.
         self._mesh = Mesh(np.array(self.local if mode == "pmap" else every), (AXIS,))
 
-    def map(self, program: Callable[..., Any], *, out: Placement, donate: bool = False) -> Any:
-        """Maps `program(state, batch)` over all devices.
+    def map(
+        self,
+        program: Callable[..., Any],
+        *,
+        out: Placement,
+        donate: bool = False,
+        shared: int = 0,
+    ) -> Any:
+        """Maps `program(state, batch, *shared)` over all devices.
 
         Args:
-            program: gets the whole state and this device's rows of the batch.
+            program: gets the whole state, this device's rows of the batch, and what follows whole.
             out: "replicated" or "sharded", or a tuple of these for a program that returns a tuple.
             donate: give the state's memory to the result. The state must lie where `replicate`
                 puts it.
+            shared: number of arguments that follow.
         """
         donated = (0,) if donate else ()
         if self.mode == "pmap":
@@ -152,7 +160,7 @@ class Devices:
             return jax.pmap(
                 program,
                 axis_name=AXIS,
-                in_axes=(None, 0),
+                in_axes=(None, 0, *(None,) * shared),
                 out_axes=axes,
                 donate_argnums=donated,
                 devices=self._all,
@@ -165,7 +173,7 @@ class Devices:
         mapped = jax.shard_map(
             program,
             mesh=self._mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS), *(PartitionSpec(),) * shared),
             out_specs=specs,
             check_vma=False,
         )

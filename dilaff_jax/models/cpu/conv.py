@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from dilaff_jax.models.cpu import dispatch
+from dilaff_jax.models import dispatch, geometry
 from dilaff_jax.models.cpu.materialize import materialize
 
 Crop: TypeAlias = tuple[slice, slice]
@@ -27,7 +27,7 @@ def conv(
     x: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
-    padding: dispatch.Padding,
+    padding: geometry.Padding,
     *,
     rhs_dilation: Sequence[int],
     **_: Any,
@@ -36,34 +36,34 @@ def conv(
 
     Called as `flax.linen.Conv` calls its `conv_general_dilated`; sums in float32 on a CPU.
     """
-    at = dispatch.geometry(x, kernel, strides, padding, rhs_dilation)
+    at = geometry.geometry(x, kernel, strides, padding, rhs_dilation)
     if max(at.rates) > 1 and not all(isinstance(n, int) for n in x.shape[1:3]):
         # Exported for any size: which taps see the image is not known.
-        return dispatch.native(x, kernel, at, depthwise=False)
+        return geometry.native(x, kernel, at, depthwise=False)
     return dispatch.conv(x, kernel, _FORM, at)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, at: dispatch.Geometry) -> jax.Array:
+def _forward(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:
     if kernel.shape[:2] == (1, 1) or max(at.rates) > 1:
         return _by_taps(x, kernel, at)
-    return dispatch.native(x, kernel, at, depthwise=False)
+    return geometry.native(x, kernel, at, depthwise=False)
 
 
 def _backward(
-    x: jax.Array, kernel: jax.Array, dy: jax.Array, at: dispatch.Geometry
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, at: geometry.Geometry
 ) -> dispatch.Gradients:
     dx = jax.vjp(lambda x: _forward(x, kernel, at), x)[1](dy)[0]
     wide, given = x.astype(jnp.float32), dy.astype(jnp.float32)
     if kernel.shape[2] < _FEW:
         filters = kernel.astype(jnp.float32)
-        own = jax.vjp(lambda w: dispatch.native(wide, w, at, depthwise=False), filters)[1]
+        own = jax.vjp(lambda w: geometry.native(wide, w, at, depthwise=False), filters)[1]
         gradient = own(given)[0]
     else:
         gradient = _filter_gradient(wide, given, kernel.shape, at)
     return dx, gradient.astype(kernel.dtype)
 
 
-def _by_taps(x: jax.Array, kernel: jax.Array, at: dispatch.Geometry) -> jax.Array:
+def _by_taps(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:
     # XLA's CPU backend has no product of bfloat16 with sums in float32.
     wide, filters = x.astype(jnp.float32), kernel.astype(jnp.float32)
     out = [_outputs(x.shape[1 + axis], kernel.shape[axis], at, axis) for axis in (0, 1)]
@@ -76,7 +76,7 @@ def _by_taps(x: jax.Array, kernel: jax.Array, at: dispatch.Geometry) -> jax.Arra
 
 
 def _filter_gradient(
-    x: jax.Array, dy: jax.Array, shape: Sequence[int], at: dispatch.Geometry
+    x: jax.Array, dy: jax.Array, shape: Sequence[int], at: geometry.Geometry
 ) -> jax.Array:
     """Of each tap the sum over pixels of what it sees times what is given back, `[k, l, C, F]`.
 
@@ -107,7 +107,7 @@ def _filter_gradient(
 
 
 def _taps(
-    image: Sequence[int], taps: Sequence[int], at: dispatch.Geometry
+    image: Sequence[int], taps: Sequence[int], at: geometry.Geometry
 ) -> list[tuple[int, int, Crop, Crop]]:
     """Of each tap u, v the pixels of the image that it reads, those of the result it adds to."""
     rows = [_seen(image[1], taps[0], u, at, 0) for u in range(taps[0])]
@@ -119,7 +119,7 @@ def _taps(
     ]
 
 
-def _seen(n: int, taps: int, tap: int, at: dispatch.Geometry, axis: int) -> tuple[slice, slice]:
+def _seen(n: int, taps: int, tap: int, at: geometry.Geometry, axis: int) -> tuple[slice, slice]:
     stride, rate = at.strides[axis], at.rates[axis]
     shift = tap * rate - at.pads[axis][0]  # result i reads pixel i·stride + shift
     first = max(0, -(shift // stride))
@@ -128,7 +128,7 @@ def _seen(n: int, taps: int, tap: int, at: dispatch.Geometry, axis: int) -> tupl
     return slice(begin, begin + max(last - first - 1, 0) * stride + 1, stride), slice(first, last)
 
 
-def _outputs(n: int, taps: int, at: dispatch.Geometry, axis: int) -> int:
+def _outputs(n: int, taps: int, at: geometry.Geometry, axis: int) -> int:
     return (n + sum(at.pads[axis]) - at.rates[axis] * (taps - 1) - 1) // at.strides[axis] + 1
 
 

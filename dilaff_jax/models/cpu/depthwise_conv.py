@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dilaff_jax.models.cpu import dispatch
+from dilaff_jax.models import dispatch, geometry
 
 
 def conv(
     x: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
-    padding: dispatch.Padding,
+    padding: geometry.Padding,
     *,
     rhs_dilation: Sequence[int],
     **_: Any,
@@ -27,11 +27,11 @@ def conv(
     Called as `flax.linen.Conv` calls its `conv_general_dilated`; sums in float32.
     """
     return dispatch.conv(
-        x, kernel, _FORM, dispatch.geometry(x, kernel, strides, padding, rhs_dilation)
+        x, kernel, _FORM, geometry.geometry(x, kernel, strides, padding, rhs_dilation)
     )
 
 
-def _shifted(x: jax.Array, kernel: jax.Array, at: dispatch.Geometry) -> jax.Array:
+def _shifted(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:
     padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *at.pads, (0, 0)))
     total = sum(
         window * kernel[u, v, 0].astype(jnp.float32)
@@ -41,7 +41,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, at: dispatch.Geometry) -> jax.Arra
 
 
 def _backward(
-    x: jax.Array, kernel: jax.Array, dy: jax.Array, at: dispatch.Geometry
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, at: geometry.Geometry
 ) -> dispatch.Gradients:
     """The gradient by x gathers what each pixel gave; as scattered sums it would be slow again."""
     wide = dy.astype(jnp.float32)
@@ -54,7 +54,7 @@ def _backward(
         low = reach - begin
         spread.append((low, x.shape[axis + 1] + reach - low - length, stride - 1))
     dilated = jax.lax.pad(wide, jnp.float32(0), [*spread, (0, 0, 0)])
-    whole = dispatch.Geometry((1, 1), ((0, 0), (0, 0)), at.rates)
+    whole = geometry.Geometry((1, 1), ((0, 0), (0, 0)), at.rates)
     dx = _shifted(dilated, kernel[::-1, ::-1], whole)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 

@@ -10,8 +10,7 @@ import flax.linen as nn
 import jax
 
 from dilaff_jax.errors import UserError
-from dilaff_jax.models import layers
-from dilaff_jax.models.cpu import dispatch
+from dilaff_jax.models import dispatch, layers
 
 
 class BasicBlock(nn.Module):

@@ -8,16 +8,15 @@ run on several platforms, an exported file, is traced within `made_for("any")`.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 
 from dilaff_jax.kernels import backends
 from dilaff_jax.models.cpu import materialize as materialize_lib
+from dilaff_jax.models.geometry import Geometry, native
 
-Padding: TypeAlias = str | Sequence[tuple[int, int]]
-Pads: TypeAlias = tuple[tuple[int, int], ...]
 Gradients: TypeAlias = tuple[jax.Array, jax.Array]
 T = TypeVar("T")
 
@@ -44,14 +43,6 @@ def materialize(tree: T) -> T:
     return materialize_lib.materialize(tree) if target() == "cpu" else tree
 
 
-class Geometry(NamedTuple):
-    """How the filter moves over the image."""
-
-    strides: tuple[int, ...]
-    pads: Pads
-    rates: tuple[int, ...]
-
-
 class CpuConv(NamedTuple):
     """A convolution for a CPU: forward `f(x, kernel, geometry)`, `b(x, kernel, dy, geometry)`.
 
@@ -61,21 +52,6 @@ class CpuConv(NamedTuple):
     forward: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
     backward: Callable[[jax.Array, jax.Array, jax.Array, Geometry], Gradients]
     depthwise: bool
-
-
-def geometry(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: Padding,
-    rates: Sequence[int],
-) -> Geometry:
-    """The padding in numbers, as `lax` understands "SAME" and "VALID"."""
-    if isinstance(padding, str):
-        window = [d * (k - 1) + 1 for k, d in zip(kernel.shape[:2], rates, strict=True)]
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    pads = tuple((int(a), int(b)) for a, b in padding)
-    return Geometry(tuple(strides), pads, tuple(rates))
 
 
 def conv(x: jax.Array, kernel: jax.Array, form: CpuConv, at: Geometry) -> jax.Array:
@@ -115,16 +91,3 @@ def _backward(form: CpuConv, at: Geometry, residuals: Gradients, dy: jax.Array) 
 
 
 _with_own_gradient.defvjp(_forward, _backward)
-
-
-def native(x: jax.Array, kernel: jax.Array, at: Geometry, depthwise: bool) -> jax.Array:
-    """XLA's own convolution."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        at.strides,
-        at.pads,
-        rhs_dilation=at.rates,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1] if depthwise else 1,
-    )

@@ -1,0 +1,45 @@
+"""How a filter moves over a map, in numbers, and XLA's own convolution of that."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+
+Padding: TypeAlias = str | Sequence[tuple[int, int]]
+Pads: TypeAlias = tuple[tuple[int, int], ...]
+
+
+class Geometry(NamedTuple):
+    """How the filter moves over the image."""
+
+    strides: tuple[int, ...]
+    pads: Pads
+    rates: tuple[int, ...]
+
+
+def geometry(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Padding,
+    rates: Sequence[int],
+) -> Geometry:
+    """The padding in numbers, as `lax` understands "SAME" and "VALID"."""
+    if isinstance(padding, str):
+        window = [d * (k - 1) + 1 for k, d in zip(kernel.shape[:2], rates, strict=True)]
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    pads = tuple((int(a), int(b)) for a, b in padding)
+    return Geometry(tuple(strides), pads, tuple(rates))
+
+
+def native(x: jax.Array, kernel: jax.Array, at: Geometry, depthwise: bool) -> jax.Array:
+    """XLA's own convolution."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        at.strides,
+        at.pads,
+        rhs_dilation=at.rates,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] if depthwise else 1,
+    )

@@ -1,0 +1,1 @@
+"""What only a GPU needs: dilated convolutions in the forms that cuDNN and cuBLAS are fast at."""
