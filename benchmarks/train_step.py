@@ -2,9 +2,8 @@
 
     pip install -e '.[bench,torch,dev]' && python -m benchmarks.train_step
 
-Forward, losses (the auxiliary one too), backward, SGD; images are on the device already. One
-process, runs interleaved. On a CPU float32 against torch eager; on a GPU bfloat16 with torch
-channels-last under autocast, eager and compiled.
+Forward, losses (the auxiliary one too), backward, SGD; float32 on a CPU against torch eager, in one
+process, runs interleaved. (For a GPU: benchmarks.accelerator.)
 """
 
 import argparse
@@ -38,20 +37,22 @@ def batch_of(shape: tuple[int, int, int], classes: int = CLASSES) -> dict[str, n
     }
 
 
-def ours(affinity: float, dtype: str, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+def ours(affinity: float, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
     """Our step on one device; returns what runs it once more, state carried on, and waits."""
     config = voc2012_deeplabv3_r50.get_config()
-    config.model.dtype = dtype
+    config.model.dtype = "float32"
     config.loss.affinity = affinity
     run = step_of(config, batch)
     return lambda: jax.block_until_ready(run())
 
 
-def step_of(config: ml_collections.ConfigDict, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+def step_of(
+    config: ml_collections.ConfigDict, batch: dict[str, np.ndarray], classes: int = CLASSES
+) -> Callable[[], Any]:
     """The training step of a config on one device; what it returns runs it once more."""
-    model = segmenter.build(segmenter.config_of_run(config), CLASSES, axis_name=AXIS)
+    model = segmenter.build(segmenter.config_of_run(config), classes, axis_name=AXIS)
     tx, _ = optim.optimiser(config.optim, config.num_steps)
-    train_step = step.TrainStep(config, model, CLASSES, tx)
+    train_step = step.TrainStep(config, model, classes, tx)
     devices = Devices("pmap", 1)
     seed = devices.replicate(step.seed_of(config))
     state = [devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 65, 65, 3), seed))]
@@ -96,19 +97,15 @@ def torchs(compiled: bool, device: str, batch: dict[str, np.ndarray]) -> Callabl
 
 def measure(size: int, batch_size: int, repeats: int) -> dict[str, Any]:
     """Times all contenders at one size, and prints a table."""
-    gpu = jax.default_backend() == "gpu"
     batch = batch_of((batch_size, size, size))
-    dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     runs = {
-        BASELINE: ours(0.0, dtype, batch),
-        JOINT: ours(1.0, dtype, batch),
-        "torchvision eager": torchs(False, device, batch),
+        BASELINE: ours(0.0, batch),
+        JOINT: ours(1.0, batch),
+        "torchvision eager": torchs(False, "cpu", batch),
     }
-    if gpu:
-        runs["torchvision compiled"] = torchs(True, device, batch)
     seconds = timing.interleaved(runs, repeats, f"train step, {size}")
     medians = timing.median(seconds)
-    table = rich.table.Table(title=f"DeepLabv3-R50, batch {batch_size}, {size}², {dtype}")
+    table = rich.table.Table(title=f"DeepLabv3-R50, batch {batch_size}, {size}², float32")
     for column in ("", "median ms", "images/s", "/ our baseline"):
         table.add_column(column, justify="right" if column else "left")
     for name, value in medians.items():
@@ -116,7 +113,7 @@ def measure(size: int, batch_size: int, repeats: int) -> dict[str, Any]:
         table.add_row(name, f"{1e3 * value:.0f}", f"{batch_size / value:.2f}", f"{ratio:.2f}")
     rich.console.Console().print(table)
     return {
-        "dtype": dtype,
+        "dtype": "float32",
         "batch": batch_size,
         "size": size,
         "median_seconds": medians,
@@ -127,15 +124,16 @@ def measure(size: int, batch_size: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Times the steps, prints tables, writes results/train_step_PLATFORM.json."""
-    gpu = jax.default_backend() == "gpu"
+    """Times the steps, prints tables, writes results/train_step_cpu.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--size", type=int, nargs="+", default=[513] if gpu else [129, 257])
-    parser.add_argument("--batch", type=int, default=8 if gpu else 2)
-    parser.add_argument("--repeats", type=int, default=20 if gpu else 7)
+    parser.add_argument("--size", type=int, nargs="+", default=[129, 257])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
+    if jax.default_backend() != "cpu":
+        parser.error("this is for a CPU; for an accelerator: python -m benchmarks.accelerator")
     path = timing.write(
-        f"train_step_{jax.default_backend()}",
+        "train_step_cpu",
         {
             "command": "python -m benchmarks.train_step",
             **timing.provenance("flax", "optax", "torch", "torchvision"),

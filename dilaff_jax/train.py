@@ -20,7 +20,7 @@ from dilaff_jax.data.batch_iterator import DevicePrefetch
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import NotFiniteError, UserError
 from dilaff_jax.models import frozen, segmenter
-from dilaff_jax.runtime import files, locks, preemption, provenance, reporting
+from dilaff_jax.runtime import allocator, files, locks, preemption, provenance, reporting
 from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import AXIS, Devices
 from dilaff_jax.runtime.preemption import Preempted
@@ -102,6 +102,8 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
 
 def _train(run: _Run, entered: float) -> evaluate.Results | None:
     config, workdir, devices = run.config, run.workdir, run.devices
+    if devices.local[0].platform == "cpu":
+        allocator.keep_memory()
     changed = resume.check(config, workdir, run.train_source)
 
     # 1. The state: this workdir's newest checkpoint, or a fresh one.
