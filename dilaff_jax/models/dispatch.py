@@ -1,8 +1,8 @@
-"""Whether the layers of this room are taken, and how a convolution among them is differentiated.
+"""Which platform layers are made for, and how a convolution of `cpu` is differentiated.
 
 The choice is made when a model is traced, by the platform that it is traced for
-(`kernels.backends.traced_for`): a program for a GPU or TPU holds nothing of this room. What is to
-run on several platforms, an exported file, is traced within `made_for("any")`.
+(`kernels.backends.traced_for`): a program for a GPU or TPU holds nothing of what `cpu` has. What is
+to run on several platforms, an exported file, is traced within `made_for("any")`.
 """
 
 import contextlib

@@ -14,9 +14,9 @@ import numpy as np
 from dilaff_jax import resize
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import dispatch, geometry
+from dilaff_jax.models import max_pool as by_slices
 from dilaff_jax.models.cpu import batch_norm, depthwise_conv
 from dilaff_jax.models.cpu import conv as conv_on_cpu
-from dilaff_jax.models.cpu import max_pool as max_pool_on_cpu
 from dilaff_jax.models.gpu import conv as conv_on_gpu
 
 Padding: TypeAlias = Literal["symmetric", "same"]
@@ -288,12 +288,11 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     # Of images of any size, only the library's is known to fit.
     of_any_size = not all(isinstance(n, int) for n in x.shape[1:3])
-    match "gpu" if of_any_size else dispatch.target():
+    match "tpu" if of_any_size else dispatch.target():
         case "cpu" | "gpu":
-            return max_pool_on_cpu.max_pool(x)
+            return by_slices.max_pool(x)
         case "any":
-            cpu = max_pool_on_cpu.max_pool
-            return jax.lax.platform_dependent(x, cpu=cpu, default=library)
+            return jax.lax.platform_dependent(x, cpu=by_slices.max_pool, default=library)
         case _:
             return library(x)
 

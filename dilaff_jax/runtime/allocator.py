@@ -22,6 +22,6 @@ def keep_memory() -> bool:
     if mallopt is None:  # musl has none
         return False
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}
-    told = all([mallopt(name, value) for name, value in settings.items()])
+    told = all(mallopt(name, value) == 1 for name, value in settings.items())
     logging.info("memory that is freed is kept: %s", told)
     return told
