@@ -267,7 +267,8 @@ def _evaluate(
 def _first_state(run: _Run, checkpoints: Checkpoints, batches: DevicePrefetch) -> tuple[int, Any]:
     """Step and state to go on from, on all devices; sets the position of `batches`."""
     shape = (1, *run.config.data.crop_size, 3)
-    abstract = jax.eval_shape(lambda: run.train_step.init(shape, seed_of(run.config)))
+    seed = seed_of(run.config)
+    abstract = jax.eval_shape(lambda: run.train_step.init(shape, seed))
     restored = checkpoints.restore(abstract, batches)
     if restored is None:
         state = initialise.fresh(run.config, run.train_step, run.model, run.train_source, shape)
