@@ -1,8 +1,11 @@
 """The ablation: what is trained, what may be seen by what, and the statistics."""
 
+import collections
 import copy
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -28,6 +31,7 @@ from dilaff_jax.models import segmenter
 from dilaff_jax.objective import Objective
 from dilaff_jax.runtime import preemption
 from tests import data_files, planted, test_affinity, tiny_config
+from tests.running import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,32 @@ def test_a_stopped_ablation_trains_nothing_twice(whole):
     assert arms_trained == ["baseline", "joint", "joint", "aaf"]
     assert set(whole["trained"]) == {"baseline/seed-3", "joint/seed-3", "aaf/seed-3"}
     assert (whole["computed"], whole["computed_again"]) == (6, 0)
+
+
+SEEDS = """
+import pathlib, sys
+import jax
+from dilaff_jax.ablation import arms
+from tests import test_ablate
+
+data_dir, workdir, cache = sys.argv[1:]
+jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+config = test_ablate.make_config(data_dir, seeds=(1, 2), arms=("baseline", "joint"))
+arms.train_all(arms.runs(config, pathlib.Path(workdir)))
+"""
+
+
+def test_two_seeds_compile_the_step_once_an_arm(data_dir, tmp_path):
+    cache = tmp_path / "cache"
+    paths = map(str, (data_dir, tmp_path / "study", cache))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SEEDS, *paths]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
+    assert len(list((tmp_path / "study").glob("*/seed-*/starts.jsonl"))) == 4
+    compiled = collections.Counter(path.name.partition("-")[0] for path in cache.glob("*-cache"))
+    # Mapped over the devices: step and evaluation of each arm.
+    assert (compiled["jit_init"], compiled["jit__fun"]) == (2, 4), compiled
 
 
 def test_called_again_it_gives_the_same_numbers(whole):
