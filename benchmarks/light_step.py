@@ -4,8 +4,7 @@
 
 EfficientNet-Lite0 with the light DeepLabv3+, crops, batch, loss and optimiser of
 configs/camvid_deeplabv3plus_lite0.py, float32. torch eager in both layouts of its maps, in a
-process of its own, as ours keeps the memory that it frees (runtime/allocator.py); steps take turns.
-The two networks must have the same number of parameters.
+process of its own; steps take turns. The two networks must have the same number of parameters.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import rich.table
 from benchmarks import timing, torch_light, train_step
 from dilaff_jax.configs import camvid_deeplabv3plus_lite0
 from dilaff_jax.models import segmenter
-from dilaff_jax.runtime import allocator, cost
+from dilaff_jax.runtime import cost
 
 OURS = "dilaff_jax, without affinity"
 
@@ -42,7 +41,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--output", default="light_step_cpu", help="name of the file in results/")
     args = parser.parse_args()
-    allocator.keep_memory()
     config = camvid_deeplabv3plus_lite0.get_config()
     rows = args.batch or config.batch_size
     classes = torch_light.CLASSES

@@ -20,7 +20,7 @@ from dilaff_jax.data.batch_iterator import DevicePrefetch
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import NotFiniteError, UserError
 from dilaff_jax.models import frozen, segmenter
-from dilaff_jax.runtime import allocator, files, locks, preemption, provenance, reporting
+from dilaff_jax.runtime import files, locks, preemption, provenance, reporting
 from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import AXIS, Devices
 from dilaff_jax.runtime.preemption import Preempted
@@ -102,8 +102,6 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
 
 def _train(run: _Run, entered: float) -> evaluate.Results | None:
     config, workdir, devices = run.config, run.workdir, run.devices
-    if devices.local[0].platform == "cpu":
-        allocator.keep_memory()
     changed = resume.check(config, workdir, run.train_source)
 
     # 1. The state: this workdir's newest checkpoint, or a fresh one.
@@ -131,8 +129,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         lines = [f"resumed at step {begin} of {config.num_steps}", *changed]
         reporter.say("\n  changed: ".join(lines))
     reporter.say(reporting.parameter_table(state.params))
-    seed = devices.replicate(seed_of(config))
-    program = _compile(run, state, seed, reporter)
+    program = _compile(run, state, reporter)
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)
 
     # 3. The steps.
@@ -148,7 +145,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         for at in _steps(run, evaluation, begin, reporter):
             last = at == config.num_steps
             _profile(config.profile_steps, at, workdir)
-            state, token = program(state, next(batches), seed)
+            state, token = program(state, next(batches))
             # One step waits on the device while one runs, no more: a signal, a fault or a bar that
             # is many dispatched steps ahead of the device tells nothing.
             jax.block_until_ready(running)
@@ -279,10 +276,11 @@ def _first_state(run: _Run, checkpoints: Checkpoints, batches: DevicePrefetch) -
 
 
 def _compile(
-    run: _Run, state: Any, seed: jax.Array, reporter: reporting.Reporter
-) -> Callable[[Any, Any, jax.Array], tuple[Any, jax.Array]]:
-    """The training step on all devices; says what it needs."""
+    run: _Run, state: Any, reporter: reporting.Reporter
+) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
+    """The training step on all devices, with this run's seed; says what it needs."""
     devices, crop = run.devices, run.config.data.crop_size
+    seed = devices.replicate(seed_of(run.config))
     mapped = devices.map(_with_token(run.train_step), out="replicated", donate=True, shared=1)
     started = time.perf_counter()
     example = {
@@ -296,7 +294,8 @@ def _compile(
     reporter.say(f"compiled in {time.perf_counter() - started:.1f} s")
     # What pmap compiles ahead of time takes global arrays; with several processes it is called
     # through itself, and finds the compiled program in the cache.
-    return compiled if jax.process_count() == 1 else mapped
+    program = compiled if jax.process_count() == 1 else mapped
+    return lambda state, batch: program(state, batch, seed)
 
 
 def lock_file(workdir: pathlib.Path) -> pathlib.Path:

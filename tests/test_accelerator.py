@@ -1,13 +1,10 @@
-"""benchmarks.accelerator runs from end to end, tiny, on a CPU; memory that is freed is kept."""
+"""benchmarks.accelerator runs from end to end, tiny, on a CPU."""
 
 import json
 import subprocess
 import sys
 
-import pytest
-
 from benchmarks import accelerator
-from dilaff_jax.runtime import allocator
 from tests.running import ROOT
 
 
@@ -45,33 +42,3 @@ def test_what_there_is_no_time_for_is_named_and_results_are_there_at_once(tmp_pa
     found = json.loads(path.with_suffix(".json").read_text())
     assert found["results"][0]["seconds"] == {"ours": [0.25] * 3}
     assert found["left_out"][0]["what"] == "something long"
-
-
-FREED = """
-import resource, sys
-import numpy as np
-from dilaff_jax.runtime import allocator
-
-if sys.argv[1] == "kept":
-    assert allocator.keep_memory()
-np.ones(2**25)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    np.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
-def test_memory_that_is_kept_is_not_fetched_page_by_page_again():
-    def faults(how):
-        command = [sys.executable, "-c", FREED, how]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    # 128 MB, five times: one fault for each page of 4 kB, or of 2 MB where the system makes those.
-    assert faults("kept") < faults("given back") / 4
-
-
-def test_where_there_is_no_glibc_nothing_happens(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert not allocator.keep_memory()

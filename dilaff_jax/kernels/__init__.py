@@ -1,1 +1,1 @@
-"""The steps of propagation as programs: in XLA for every platform, as a kernel for a TPU."""
+"""The steps of propagation as programs: in XLA for every platform, as kernels for TPU and GPU."""

@@ -33,9 +33,9 @@ def poison_first(tree, at, bad):
 def in_a_batch(patch, bad):
     call = step.TrainStep.__call__
 
-    def poisoned(self, state, batch):
+    def poisoned(self, state, batch, seed):
         image = poison(batch["image"].astype(jnp.float32), state.step, bad)
-        return call(self, state, {**batch, "image": image})
+        return call(self, state, {**batch, "image": image}, seed)
 
     patch.setattr(step.TrainStep, "__call__", poisoned)
 
@@ -43,8 +43,9 @@ def in_a_batch(patch, bad):
 def in_a_weight(patch, bad):
     call = step.TrainStep.__call__
 
-    def poisoned(self, state, batch):
-        return call(self, state.replace(params=poison_first(state.params, state.step, bad)), batch)
+    def poisoned(self, state, batch, seed):
+        poor = state.replace(params=poison_first(state.params, state.step, bad))
+        return call(self, poor, batch, seed)
 
     patch.setattr(step.TrainStep, "__call__", poisoned)
 
