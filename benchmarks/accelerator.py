@@ -224,15 +224,21 @@ def step_config(sizes: Mapping[str, Any], weight: float, **changed: str) -> Any:
     return config
 
 
+def batch_of(sizes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The images and labels of a training step."""
+    images, height, width, classes = sizes["step"]
+    return train_step.batch_of((images, height, width), classes)
+
+
 def first_step(
-    report: Report, config: ml_collections.ConfigDict, batch: Mapping[str, np.ndarray], cache: str
+    report: Report, config: ml_collections.ConfigDict, batch: dict[str, np.ndarray], cache: str
 ) -> Callable[[], Any]:
     """The step, ready; notes how long the first one took, and took again with the cache."""
     seconds = {}
     for name in ("nothing is cached", "compiled before"):
         jax.clear_caches()
         start = time.perf_counter()
-        run = train_step.step_of(config, dict(batch))
+        run = train_step.step_of(config, batch)
         jax.block_until_ready(run())
         seconds[name] = time.perf_counter() - start
     report.note(seconds_to_first_step=seconds, cache_bytes=_bytes_in(cache))
@@ -243,7 +249,7 @@ def steps(report: Report, sizes: Mapping[str, Any], rival: Rival, cache: str) ->
     """A training step: ours, with affinity, and torch's; returns the clock of ours."""
     size = sizes["step"]
     rival.prepare("step", size)
-    batch = train_step.batch_of((size[0], size[1], size[2]), size[3])
+    batch = batch_of(sizes)
     run = first_step(report, step_config(sizes, 0.0), batch, cache)
     runs = {"dilaff_jax": clocked(run)}
     runs["dilaff_jax, with affinity"] = clocked(train_step.step_of(step_config(sizes, 1.0), batch))
@@ -253,11 +259,9 @@ def steps(report: Report, sizes: Mapping[str, Any], rival: Rival, cache: str) ->
 
 def option(report: Report, sizes: Mapping[str, Any], ours: Timed, name: str) -> None:
     """The step without some of our own forms, beside the step with all of them."""
-    size = sizes["step"]
-    batch = train_step.batch_of((size[0], size[1], size[2]), size[3])
-    varied = train_step.step_of(step_config(sizes, 0.0, **OPTIONS[name]), batch)
+    varied = train_step.step_of(step_config(sizes, 0.0, **OPTIONS[name]), batch_of(sizes))
     contenders = {"dilaff_jax": ours, name: clocked(varied)}
-    report.measure("option of the step", contenders, size=size)
+    report.measure("option of the step", contenders, size=sizes["step"])
 
 
 def inference(report: Report, sizes: Mapping[str, Any], rival: Rival) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import rich.console
-import rich.table
 
 from benchmarks import timing, torch_light, train_step
 from dilaff_jax.configs import camvid_deeplabv3plus_lite0
@@ -66,13 +64,7 @@ def main() -> None:
     seconds = timing.interleaved(runs, args.repeats, "light step")
     process.terminate()
     medians = timing.median(seconds)
-    table = rich.table.Table(title=f"Lite0 + light DeepLabv3+, batch {rows}", title_justify="left")
-    for column in ("", "median ms", "images/s", "/ ours"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, value in medians.items():
-        ratio = value / medians[OURS]
-        table.add_row(name, f"{1e3 * value:.0f}", f"{rows / value:.2f}", f"{ratio:.2f}")
-    rich.console.Console().print(table)
+    timing.print_steps(f"Lite0 + light DeepLabv3+, batch {rows}", medians, rows, OURS)
     path = timing.write(
         args.output,
         {

@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import rich.console
-import rich.table
 import torch
 
 from benchmarks import timing
@@ -105,13 +103,8 @@ def measure(size: int, batch_size: int, repeats: int) -> dict[str, Any]:
     }
     seconds = timing.interleaved(runs, repeats, f"train step, {size}")
     medians = timing.median(seconds)
-    table = rich.table.Table(title=f"DeepLabv3-R50, batch {batch_size}, {size}², float32")
-    for column in ("", "median ms", "images/s", "/ our baseline"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, value in medians.items():
-        ratio = value / medians[BASELINE]
-        table.add_row(name, f"{1e3 * value:.0f}", f"{batch_size / value:.2f}", f"{ratio:.2f}")
-    rich.console.Console().print(table)
+    title = f"DeepLabv3-R50, batch {batch_size}, {size}², float32"
+    timing.print_steps(title, medians, batch_size, BASELINE)
     return {
         "dtype": "float32",
         "batch": batch_size,

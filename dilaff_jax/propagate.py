@@ -311,9 +311,7 @@ def _random_walk(
 ) -> jax.Array:
     def in_xla(probs: jax.Array, affinity: jax.Array, options: WalkOptions) -> jax.Array:
         walk = functools.partial(xla.random_walk, offsets=offsets, steps=steps, order=order)
-        cpu, gpu = (functools.partial(walk, form=form) for form in ("lanes", "apart"))
-        given = (probs, affinity, options)
-        return jax.lax.platform_dependent(*given, cpu=cpu, cuda=gpu, rocm=gpu, default=walk)
+        return _by_platform(walk, probs, affinity, options)
 
     if order != "joint":
         if backend == "pallas":
@@ -337,12 +335,16 @@ def _signed(
         probs: jax.Array, affinity_logits: jax.Array, strength: ArrayLike, bias: jax.Array
     ) -> jax.Array:
         run = functools.partial(xla.signed, offsets=offsets, steps=steps)
-        cpu, gpu = (functools.partial(run, form=form) for form in ("lanes", "apart"))
-        given = (probs, affinity_logits, strength, bias)
-        return jax.lax.platform_dependent(*given, cpu=cpu, cuda=gpu, rocm=gpu, default=run)
+        return _by_platform(run, probs, affinity_logits, strength, bias)
 
     arrays = (probs, affinity_logits, strength, bias)
     return backends.run(backend, "signed", in_xla, arrays, (strength,), offsets, steps)
+
+
+def _by_platform(operator: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
+    """An operator of `kernels.xla` in the form that suits the platform it is lowered for."""
+    cpu, gpu = (functools.partial(operator, form=form) for form in ("lanes", "apart"))
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=operator)
 
 
 def _or_none(option: ArrayLike, neutral: float) -> ArrayLike | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import jax
+import numpy as np
 
 from dilaff_jax.errors import UserError
 
@@ -65,6 +66,23 @@ def run(
     elsewhere = xla if backend == "auto" else kernel(interpret=True)
     here = {"cuda" if platform == "gpu" else "tpu": kernel(interpret=False)}
     return jax.lax.platform_dependent(*arrays, **here, default=elsewhere)
+
+
+def obstacle(probs: Any, guide: Any, scalars: Any) -> str | None:
+    """Why no kernel takes these maps, in words; None where one may.
+
+    Args:
+        probs: `[B, *spatial, C]`.
+        guide: affinities or their logits, `[B, *spatial, K]`.
+        scalars: a tree of the options that the kernels want to be scalars.
+    """
+    if not all(isinstance(n, int) and n > 0 for n in (*probs.shape, *guide.shape)):
+        return f"the shapes {probs.shape} and {guide.shape} are not fixed, or empty"
+    if any(np.ndim(x) for x in jax.tree.leaves(scalars)):
+        return "an option is no scalar"
+    if tracked(probs) or tracked(guide):
+        return "shard_map keeps track of what varies over devices (check_vma=True)"
+    return None
 
 
 def tracked(x: Any) -> bool:

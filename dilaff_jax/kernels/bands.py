@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -122,14 +121,11 @@ def plan(
     """
     if probs.ndim != 4:
         return f"the maps have {probs.ndim - 2} spatial dimensions, not two"
-    if not all(isinstance(n, int) and n > 0 for n in (*probs.shape, *guide.shape)):
-        return f"the shapes {probs.shape} and {guide.shape} are not fixed, or empty"
+    obstacle = backends.obstacle(probs, guide, scalars)
+    if obstacle:
+        return obstacle
     if steps < 1:
         return "there is no step to make"
-    if any(np.ndim(x) for x in jax.tree.leaves(scalars)):
-        return "an option is no scalar"
-    if backends.tracked(probs) or backends.tracked(guide):
-        return "shard_map keeps track of what varies over devices (check_vma=True)"
     batch, height, width, classes = probs.shape
     halo = 2 * steps * _reach(offsets, height)
     limit = int(_SHARE * (vmem or vmem_bytes()))

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import ArrayLike
@@ -118,12 +117,9 @@ def obstacle(probs: Any, guide: Any, scalars: Any) -> str | None:
         guide: affinities or their logits, `[B, *spatial, K]`.
         scalars: a tree of the options that the kernel wants to be scalars.
     """
-    if not all(isinstance(n, int) and n > 0 for n in (*probs.shape, *guide.shape)):
-        return f"the shapes {probs.shape} and {guide.shape} are not fixed, or empty"
-    if any(np.ndim(x) for x in jax.tree.leaves(scalars)):
-        return "an option is no scalar"
-    if backends.tracked(probs) or backends.tracked(guide):
-        return "shard_map keeps track of what varies over devices (check_vma=True)"
+    shared = backends.obstacle(probs, guide, scalars)
+    if shared:
+        return shared
     if guide.shape[-1] > _MOST_WEIGHTS:
         return f"{guide.shape[-1]} weights a pixel are more than {_MOST_WEIGHTS} registers hold"
     if max(probs.size, guide.size) >= 2**31:

@@ -1,7 +1,8 @@
 """How a filter moves over a map, in numbers, and XLA's own convolution of that."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -30,6 +31,26 @@ def geometry(
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     pads = tuple((int(a), int(b)) for a, b in padding)
     return Geometry(tuple(strides), pads, tuple(rates))
+
+
+def called_by_flax(
+    convolve: Callable[[jax.Array, jax.Array, Geometry], jax.Array],
+) -> Callable[..., jax.Array]:
+    """`convolve(x, kernel, geometry)` as `flax.linen.Conv` calls its `conv_general_dilated`."""
+
+    @functools.wraps(convolve)
+    def conv(
+        x: jax.Array,
+        kernel: jax.Array,
+        strides: Sequence[int],
+        padding: Padding,
+        *,
+        rhs_dilation: Sequence[int],
+        **_: Any,
+    ) -> jax.Array:
+        return convolve(x, kernel, geometry(x, kernel, strides, padding, rhs_dilation))
+
+    return conv
 
 
 def native(x: jax.Array, kernel: jax.Array, at: Geometry, depthwise: bool) -> jax.Array:

@@ -325,17 +325,7 @@ def _own_conv(depthwise: bool, style: Style) -> Callable[..., jax.Array] | None:
             return None
 
 
-def _library_conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: geometry.Padding,
-    *,
-    rhs_dilation: Sequence[int],
-) -> jax.Array:
-    """XLA's convolution, called as `flax.linen.Conv` calls its `conv_general_dilated`."""
-    at = geometry.geometry(x, kernel, strides, padding, rhs_dilation)
-    return geometry.native(x, kernel, at, depthwise=False)
+_library_conv = geometry.called_by_flax(functools.partial(geometry.native, depthwise=False))
 
 
 def _he_normal(depthwise: bool) -> nn.initializers.Initializer:

@@ -7,7 +7,7 @@ most of what a filter covers is padding.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,12 @@ _MOST = 0.75
 _FEW = 8
 
 
-def conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: geometry.Padding,
-    *,
-    rhs_dilation: Sequence[int],
-    **_: Any,
-) -> jax.Array:
+@geometry.called_by_flax
+def conv(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:
     """Convolves `[B, H, W, C]` with `[k, l, C, F]`, at any stride and dilation.
 
-    Called as `flax.linen.Conv` calls its `conv_general_dilated`; sums in float32 on a CPU.
+    Sums in float32 on a CPU.
     """
-    at = geometry.geometry(x, kernel, strides, padding, rhs_dilation)
     if max(at.rates) > 1 and not all(isinstance(n, int) for n in x.shape[1:3]):
         # Exported for any size: which taps see the image is not known.
         return geometry.native(x, kernel, at, depthwise=False)

@@ -5,7 +5,6 @@ sum written as shifted products, forward and backward; accelerators have kernels
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,13 @@ import jax.numpy as jnp
 from dilaff_jax.models import dispatch, geometry
 
 
-def conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: geometry.Padding,
-    *,
-    rhs_dilation: Sequence[int],
-    **_: Any,
-) -> jax.Array:
+@geometry.called_by_flax
+def conv(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:
     """Convolves `[B, H, W, C]` with one filter a channel, `[k, l, 1, C]`.
 
-    Called as `flax.linen.Conv` calls its `conv_general_dilated`; sums in float32.
+    Sums in float32.
     """
-    return dispatch.conv(
-        x, kernel, _FORM, geometry.geometry(x, kernel, strides, padding, rhs_dilation)
-    )
+    return dispatch.conv(x, kernel, _FORM, at)
 
 
 def _shifted(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:

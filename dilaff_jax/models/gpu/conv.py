@@ -31,22 +31,14 @@ from dilaff_jax.models import geometry
 _MANY = 4
 
 
-def conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: geometry.Padding,
-    *,
-    rhs_dilation: Sequence[int],
-    **_: Any,
-) -> jax.Array:
+@geometry.called_by_flax
+def conv(x: jax.Array, kernel: jax.Array, at: geometry.Geometry) -> jax.Array:
     """Convolves `[B, H, W, C]` with `[k, l, C, F]`, at any stride and dilation.
 
-    Called as `flax.linen.Conv` calls its `conv_general_dilated`. Differentiable in both modes, any
-    number of times. XLA's own where it is not dilated, does not keep the size of the map, or is
-    traced for maps of any size or in a `shard_map` that keeps track of what varies.
+    Differentiable in both modes, any number of times. XLA's own where it is not dilated, does not
+    keep the size of the map, or is traced for maps of any size or in a `shard_map` that keeps track
+    of what varies.
     """
-    at = geometry.geometry(x, kernel, strides, padding, rhs_dilation)
     if takes(x, kernel, at) and not backends.tracked(x):
         return _conv.bind(x, kernel, at=at)
     return geometry.native(x, kernel, at, depthwise=False)
