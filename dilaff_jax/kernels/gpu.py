@@ -20,8 +20,8 @@ from dilaff_jax.kernels import backends
 from dilaff_jax.kernels.xla import gate
 from dilaff_jax.numerics import log_probs
 
-# Pixels of a program, rows by columns, and its warps of 32 threads: two pixels a thread, which
-# keeps seventeen loads under way where one keeps ten.
+# Pixels of a program, rows by columns, and its warps of 32 threads: two pixels a thread, so
+# that more of its loads are under way at a time.
 _TILE = (16, 32)
 _WARPS = 8
 # Less than any logit, and its exponential is 0.

@@ -1,8 +1,7 @@
 """Dilated convolution as a GPU is fast at it: in undilated convolutions, or in matrix products.
 
 XLA finds no cuDNN kernel for the filter gradient of a dilated convolution and runs one as large as
-the map in its place: 3.0 ms on an H200 where the undilated one takes 0.45 (512 to 512 channels,
-rate 4, 16 maps of 65²). Two other forms of the same sums:
+the map in its place. Two other forms of the same sums:
 
 - *apart*: the r² sets of pixels that see each other at rate r are maps of their own (space to
   batch), on which the convolution is an undilated one;
