@@ -81,6 +81,37 @@ def bilinear_logits(
     return jnp.where(possible, scaled, -jnp.inf)
 
 
+def bicubic(
+    x: Real[Array, "B h w C"], size: Sequence[int], *, antialias: bool
+) -> Float[Array, "B H W C"]:
+    """Resizes by cubic convolution, as `torch.nn.functional.interpolate(mode="bicubic")`.
+
+    Keys' kernel with a = -0.75 and the border repeated; with `antialias` a = -0.5, widened where
+    it shrinks, and cut at the border, which torch does so as well. Computed in float32.
+    """
+    x = x.astype(jnp.float32)
+    if x.shape[1:3] == tuple(size):
+        return x
+    if antialias:
+        return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "cubic", antialias=True)
+    rows, columns = (_cubic(n, n_out) for n, n_out in zip(x.shape[1:3], size, strict=True))
+    return jnp.einsum("bhwc,yh,xw->byxc", x, rows, columns, precision="highest")
+
+
+def _cubic(n_in: int, n_out: int) -> jax.Array:
+    """Weights `[n_out, n_in]` of cubic convolution, four to a row."""
+    centre = (jnp.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    first = jnp.floor(centre)
+    index = first.astype(jnp.int32)[:, None] + jnp.arange(-1, 3)
+    t = jnp.abs(centre[:, None] - index)
+    a = -0.75
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    weights = jnp.where(t <= 1, near, far)
+    pixels = jax.nn.one_hot(jnp.clip(index, 0, n_in - 1), n_in)
+    return jnp.einsum("ik,ikj->ij", weights, pixels, precision="highest")
+
+
 def matrix(n_in: int, n_out: int) -> Float[np.ndarray, " n_out n_in"]:
     """The weights `[n_out, n_in]` that `bilinear` gives the pixels along one axis, float32."""
     return _weights((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, n_in)

@@ -10,7 +10,8 @@ import pytest
 from dilaff_jax.models import decoders, dispatch, layers, segmenter
 from tests.test_encoders import noise, random_variables
 
-NAMES = ("fcn", "pspnet", "unet", "deeplabv3", "deeplabv3plus")
+DROPPING = ("fcn", "pspnet", "unet", "deeplabv3", "deeplabv3plus", "segformer", "upernet")
+NAMES = (*DROPPING, "linear")
 # Small enough to compile in seconds.
 NARROW = {
     "fcn": {},
@@ -18,6 +19,9 @@ NARROW = {
     "unet": {"widths": (16, 8)},
     "deeplabv3": {"width": 16, "rates": (1, 2)},
     "deeplabv3plus": {"width": 16, "rates": (1, 2), "low_level": 8},
+    "segformer": {"width": 16},
+    "upernet": {"width": 16, "bins": (1, 2)},
+    "linear": {"levels": 2},
 }
 
 
@@ -57,7 +61,8 @@ def test_scores_have_the_stride_of_the_decoder(name, size):
         lambda: decoder.init_with_output(jax.random.key(0), x, False)
     )
     # The U-Net of two widths ends at the features two before the last.
-    expected = x[{"unet": 2, "deeplabv3plus": 1}.get(name, 4)].shape[:3]
+    levels = {"unet": 2, "deeplabv3plus": 1, "segformer": 0, "upernet": 0, "linear": 3}
+    expected = x[levels.get(name, 4)].shape[:3]
     assert scores.shape == (*expected, 5)
     assert decoded.shape[:3] == expected
 
@@ -91,7 +96,7 @@ def test_bfloat16_stays_bfloat16_within_the_decoder(name):
     assert 0 < error < 0.03 * np.abs(expected).mean()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DROPPING)
 def test_dropout_is_random_in_training_only(name):
     x = features()
     decoder = build(name, dropout=0.5)
@@ -106,10 +111,11 @@ def test_dropout_is_random_in_training_only(name):
 def test_frozen_norm_trains_as_it_evaluates_but_for_dropout(name):
     x = features()
     variables = random_variables(build(name), x)
-    frozen = build(name, style=layers.Style(frozen_norm=True), dropout=0.0)
+    still = {"dropout": 0.0} if name in DROPPING else {}
+    frozen = build(name, style=layers.Style(frozen_norm=True), **still)
     expected, _ = apply(build(name), variables, x, False)
     np.testing.assert_array_equal(apply(frozen, variables, x, True)[0], expected)
-    assert not np.allclose(apply(build(name, dropout=0.0), variables, x, True)[0], expected)
+    assert not np.allclose(apply(build(name, **still), variables, x, True)[0], expected)
 
 
 @pytest.mark.parametrize("size", [(7, 11), (1, 1), (3, 2), (33, 65)])
@@ -163,6 +169,40 @@ def test_unet_refuses_more_widths_than_there_are_finer_features():
         build("unet", widths=(8,) * 5).init(jax.random.key(0), features(), False)
     with pytest.raises(ValueError, match="one feature map, and the decoder 'unet' joins two"):
         build("unet", widths=(8,)).init(jax.random.key(0), features()[:1], False)
+
+
+def test_segformers_head_computes_before_it_enlarges_what_its_source_computes_after():
+    """Enlarged first, then joined, then convolved, as published."""
+    x = features()
+    decoder = build("segformer")
+    variables = random_variables(decoder, x)
+    params = variables["params"]
+    size = x[0].shape[1:3]
+    brought = [
+        layers.resize_to(y @ params[f"linear_{i}"]["kernel"] + params[f"linear_{i}"]["bias"], size)
+        for i, y in enumerate(x)
+    ]
+    y = jnp.concatenate(brought[::-1], axis=-1) @ params["fuse"]["conv"]["kernel"][0, 0]
+    stats, norm = variables["batch_stats"]["fuse"]["norm"], params["fuse"]["norm"]
+    y = (y - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(
+        apply(decoder, variables, x)[1], np.maximum(y, 0), atol=1e-5 * np.abs(y).max()
+    )
+
+
+def test_upernet_makes_a_pyramid_of_maps_of_one_size():
+    x = tuple(jnp.asarray(noise(2, 6, 9, 8, seed=i)) for i in range(4))
+    decoder = build("upernet", scales=(4, 2, 1, 0.5))
+    variables = decoder.init(jax.random.key(0), x, False)
+    scores, _ = apply(decoder, variables, x)
+    assert scores.shape == (2, 24, 36, 5)
+    with pytest.raises(ValueError, match=r"scales are \(4, 2\); expected 4 numbers"):
+        build("upernet", scales=(4, 2)).init(jax.random.key(0), x, False)
+
+
+def test_the_linear_head_reads_as_many_maps_as_there_are():
+    with pytest.raises(ValueError, match="levels is 6; the encoder has 5 maps"):
+        build("linear", levels=6).init(jax.random.key(0), features(), False)
 
 
 def test_deeplabv3plus_joins_the_features_at_stride_4():

@@ -1,6 +1,7 @@
 """Encoders: shapes, dilation, normalisation, precision, gradients."""
 
 import functools
+import pkgutil
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from dilaff_jax.models import encoders, layers, segmenter
+from tests import test_transformers
 
 NAMES = (
     "resnet18",
@@ -23,7 +25,10 @@ NAMES = (
     "unet",
 )
 # One of each kind; the others differ by a table only, and the parity report runs them all.
-KINDS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0", "unet")
+DILATING = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0", "unet")
+# Those of one output stride alone, see also tests/test_transformers.py.
+TRANSFORMERS = ("mit_b0", "convnext_tiny", "dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16")
+KINDS = (*DILATING, *TRANSFORMERS)
 # The same with as few blocks as have every kind of layer, for what compiles slowly.
 SHORT = {
     "resnet18": {"depths": (1, 2), "stages": 2},
@@ -31,6 +36,12 @@ SHORT = {
     "mobilenet_v2": {"table": ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 1, 2, 3))},
     "efficientnet_lite0": {"table": ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 1, 2, 5))},
     "unet": {"widths": (4, 6, 8)},
+    "mit_b0": {"widths": (8, 16), "depths": (2, 1), "heads": (1, 2), "reductions": (2, 1)},
+    "convnext_tiny": {"widths": (8, 16), "depths": (2, 1)},
+    **{
+        name: {"width": 16, "depth": 3, "heads": 2, "hidden": 24, "blocks": (1, 2)}
+        for name in ("dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16")
+    },
 }
 CHANNELS = {
     "resnet18": (64, 64, 128, 256, 512),
@@ -46,8 +57,14 @@ CHANNELS = {
 }
 
 
-def finest_stride(encoder):
-    return getattr(encoder, "finest_stride", 2)
+def nominal_strides(encoder):
+    return getattr(encoder, "strides", (2, 4, 8, 16, 32))
+
+
+def build(name, style=layers.Style(), **options):  # noqa: B008 - frozen
+    """At the stride that the encoder has, where it has one alone."""
+    stride = 32 if name in DILATING or not name.startswith("dinov") else 16
+    return segmenter.build_encoder(name, style, output_stride=stride, **options)
 
 
 def noise(*shape, seed=0):
@@ -72,10 +89,10 @@ def random_variables(module, x):
 
 def test_every_encoder_is_tested_here():
     found = set()
-    for module in ("resnet", "mobilenet_v2", "efficientnet_lite", "unet"):
-        package = __import__(f"{encoders.__name__}.{module}", fromlist=["VARIANTS"])
+    for info in pkgutil.iter_modules(encoders.__path__):
+        package = __import__(f"{encoders.__name__}.{info.name}", fromlist=["VARIANTS"])
         found |= set(package.VARIANTS)
-    assert found == set(NAMES)
+    assert found == {*NAMES, *test_transformers.PARAMETERS}
 
 
 @pytest.mark.parametrize(("output_stride", "size"), [(8, (65, 97)), (16, (50, 1)), (32, (65, 97))])
@@ -84,13 +101,13 @@ def test_features_have_the_stated_strides_and_channels(name, output_stride, size
     encoder = segmenter.build_encoder(name, output_stride=output_stride)
     x = jnp.zeros((2, *size, 3))
     features, _ = jax.eval_shape(lambda: encoder.init_with_output(jax.random.key(0), x, False))
-    strides = [min(finest_stride(encoder) * 2**i, output_stride) for i in range(5)]
+    strides = [min(s, output_stride) for s in nominal_strides(encoder)]
     assert [f.shape for f in features] == [
         (2, *(-(-n // s) for n in size), c) for s, c in zip(strides, CHANNELS[name], strict=True)
     ]
 
 
-@pytest.mark.parametrize("name", [*KINDS, "mobilenet_v2_tf"])
+@pytest.mark.parametrize("name", [*DILATING, "mobilenet_v2_tf"])
 def test_dilation_computes_the_strided_features_more_densely(name):
     """Of the dilated features every fourth (or second) is the strided network's."""
     x = noise(1, 65, 65, 3)
@@ -101,7 +118,7 @@ def test_dilation_computes_the_strided_features_more_densely(name):
         dilated = segmenter.build_encoder(name, output_stride=output_stride)
         features = jax.jit(dilated.apply, static_argnums=2)(variables, x, False)
         for level, (ours, theirs) in enumerate(zip(features, expected, strict=True)):
-            step = max(finest_stride(dilated) * 2**level // output_stride, 1)
+            step = max(nominal_strides(dilated)[level] // output_stride, 1)
             np.testing.assert_allclose(
                 ours[:, ::step, ::step], theirs, atol=2e-5 * np.abs(theirs).max()
             )
@@ -172,7 +189,7 @@ def test_fewer_stages_are_the_beginning_of_the_whole():
 @pytest.mark.parametrize("name", KINDS)
 def test_gradient_reaches_every_parameter(name):
     x = noise(2, 33, 33, 3)
-    encoder = segmenter.build_encoder(name, **SHORT[name])
+    encoder = build(name, **SHORT[name])
     variables = random_variables(encoder, x)
 
     @jax.jit
@@ -181,7 +198,8 @@ def test_gradient_reaches_every_parameter(name):
             features, _ = encoder.apply(
                 {**variables, "params": params}, x, True, mutable=["batch_stats"]
             )
-            return sum(jnp.sum(jnp.sin(f)) for f in features)
+            # Weighted: the sum of what a LayerNorm gives is always the same.
+            return sum(jnp.sum(jnp.sin(f) * jnp.arange(f.shape[-1])) for f in features)
 
         return jax.grad(loss)(params)
 
@@ -193,8 +211,8 @@ def test_gradient_reaches_every_parameter(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_bfloat16_computes_in_bfloat16_on_float32_parameters(name):
     x = noise(2, 33, 33, 3)
-    full = segmenter.build_encoder(name, **SHORT[name])
-    half = segmenter.build_encoder(name, layers.Style(dtype=jnp.bfloat16), **SHORT[name])
+    full = build(name, **SHORT[name])
+    half = build(name, layers.Style(dtype=jnp.bfloat16), **SHORT[name])
     variables = random_variables(full, x)
 
     def run(encoder, x):
@@ -211,10 +229,10 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters(name):
         assert 0 < np.abs(a.astype(np.float32) - b).mean() < 0.03 * np.abs(b).mean()
 
 
-@pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0", "unet"])
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0", "unet", *TRANSFORMERS])
 def test_remat_changes_neither_values_nor_gradients_nor_names(name):
     x = noise(1, 33, 33, 3)
-    plain = segmenter.build_encoder(name, **SHORT[name])
+    plain = build(name, **SHORT[name])
     variables = random_variables(plain, x)
 
     def run(encoder):
@@ -230,7 +248,7 @@ def test_remat_changes_neither_values_nor_gradients_nor_names(name):
         )
 
     expected, plain_program = run(plain)
-    ours, program = run(segmenter.build_encoder(name, layers.Style(remat=True), **SHORT[name]))
+    ours, program = run(build(name, layers.Style(remat=True), **SHORT[name]))
     assert "remat" not in plain_program
     assert "remat" in program
     assert jax.tree.structure(ours) == jax.tree.structure(expected)

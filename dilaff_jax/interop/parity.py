@@ -6,13 +6,19 @@ Random weights and BatchNorm statistics go into torch's model, through `torch_la
 the same images through both: every convolution, normalisation, block and branch, the logits at the
 images' size, the loss, and the gradient of every parameter, once with BatchNorm's running
 statistics ("eval") and once with the batch's ("train", dropout off; there also the statistics
-after the step). Then affinity targets, propagation and losses against `torch_reference`. Prints
+after the step). torch computes all of it in float64, too, and ours is judged by its distance from
+that: a gradient that is nearly nothing is mostly rounding on both sides, of which ours may have
+four times torch's. Then affinity targets, propagation and losses against `torch_reference`. Prints
 max |Δ| and that relative to max |torch|; exits with 1 if anything is beyond its bound.
+
+`segformer_b0`, `convnext_tiny`, `dinov2_vits14`, `dinov3_vits16` etc. are held against Hugging
+Face's (the extra `huggingface`).
 """
 
 import argparse
+import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +30,13 @@ import torch
 
 from dilaff_jax import losses, resize
 from dilaff_jax.errors import UserError
-from dilaff_jax.interop import parity_method, torch_layout, torch_models, torch_reference
+from dilaff_jax.interop import (
+    parity_method,
+    torch_layout,
+    torch_models,
+    torch_reference,
+    transformers_models,
+)
 from dilaff_jax.interop.report import FORWARD_BOUND, GRADIENT_BOUND, Row, compare, print_rows
 
 AUX_WEIGHT = 0.4
@@ -44,13 +56,14 @@ class Result(NamedTuple):
 def network_rows(name: str, size: tuple[int, int], batch: int, seed: int) -> list[Row]:
     """Compares one network at one image size, in both modes of BatchNorm."""
     ours, theirs = torch_models.pair(name, seed)
+    named = _namer(name)
     rng = np.random.default_rng(seed)
     images = _images(rng, batch, size)
     labels = _labels(rng, name, batch, size)
     mean, std = (np.asarray(v, np.float32) for v in (ours.encoder.mean, ours.encoder.std))
     pixels = torch.from_numpy((images - mean) / std).permute(0, 3, 1, 2).contiguous()
     torch_models.randomise(theirs, pixels)
-    state = {k: v.numpy().copy() for k, v in theirs.state_dict().items()}
+    state = {named(k): v.numpy().copy() for k, v in theirs.state_dict().items()}
     template = jax.eval_shape(
         lambda: ours.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)
     )
@@ -58,43 +71,68 @@ def network_rows(name: str, size: tuple[int, int], batch: int, seed: int) -> lis
     variables = torch_layout.from_torch(ours, template, state)
     rows = [_parameter_row(name, variables, theirs), _round_trip_row(ours, variables, state)]
     for mode in ("eval", "train"):
-        reference = _run_torch(theirs, pixels, labels, mode)
+        exact = _run_torch(copy.deepcopy(theirs).double(), pixels.double(), labels, mode, named)
+        reference = _run_torch(theirs, pixels, labels, mode, named)
         with jax.default_matmul_precision("float32"):
             result = _run_jax(ours, variables, images, labels, mode)
-        _check_complete(theirs, result, reference)
-        rows += _result_rows(mode, result, reference, _blocks(ours, variables))
+        _check_complete(theirs, result, reference, named)
+        rows += _result_rows(mode, result, reference, exact, _blocks(ours, variables))
     return rows
 
 
-def _check_complete(model: torch.nn.Module, ours: Result, theirs: Result) -> None:
+def _namer(name: str) -> Callable[[str], str]:
+    """From names of modules in torch's memory to those in files."""
+    return transformers_models.file_name if name in transformers_models.MODELS else str
+
+
+def _check_complete(
+    model: torch.nn.Module, ours: Result, theirs: Result, named: Callable[[str], str]
+) -> None:
     """Raises UserError where a layer or gradient of torch's would go without comparison."""
-    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.Linear)
-    layers = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.Linear, torch.nn.LayerNorm)
+    layers = {named(name) for name, module in model.named_modules() if isinstance(module, kinds)}
     left = sorted((layers - set(ours.stages)) | (set(theirs.gradients) ^ set(ours.gradients)))
     if left:
         raise UserError(f"these exist on one side only: {left}")
 
 
-def _result_rows(mode: str, ours: Result, theirs: Result, blocks: dict[str, str]) -> list[Row]:
-    pairs = [
-        ("stage", ours.stages, theirs.stages),
-        ("output", ours.outputs, theirs.outputs),
-        ("loss", {"loss": ours.loss}, {"loss": theirs.loss}),
-        ("statistics", ours.statistics, theirs.statistics),
+def _result_rows(
+    mode: str, ours: Result, theirs: Result, exact: Result, blocks: dict[str, str]
+) -> list[Row]:
+    triples = [
+        ("stage", ours.stages, theirs.stages, exact.stages),
+        ("output", ours.outputs, theirs.outputs, exact.outputs),
+        ("loss", {"loss": ours.loss}, {"loss": theirs.loss}, {"loss": exact.loss}),
+        ("statistics", ours.statistics, theirs.statistics, exact.statistics),
     ]
     rows = [
-        compare(f"{mode} {kind}", name, left[name], right[name], FORWARD_BOUND)
-        for kind, left, right in pairs
+        compare(
+            f"{mode} {kind}",
+            name,
+            _like(left[name], right[name]),
+            right[name],
+            FORWARD_BOUND,
+            exact=best[name],
+        )
+        for kind, left, right, best in triples
         for name in right
         if name in left
     ]
     scales: dict[str, float] = {}
     for name, value in theirs.gradients.items():
         scales[blocks[name]] = max(scales.get(blocks[name], 0.0), float(np.abs(value).max()))
+    kind = f"{mode} gradient"
     return rows + [
-        compare(f"{mode} gradient", n, ours.gradients[n], g, GRADIENT_BOUND, scales[blocks[n]])
-        for n, g in theirs.gradients.items()
+        compare(kind, n, ours.gradients[n], g, GRADIENT_BOUND, scales[blocks[n]], best)
+        for (n, g), best in zip(theirs.gradients.items(), exact.gradients.values(), strict=True)
     ]
+
+
+def _like(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Ours, `[B, H, W, C]`, as a row of tokens `[B, N, C]` where torch's is one."""
+    if ours.ndim == 4 and theirs.ndim == 3:
+        return ours.reshape(ours.shape[0], -1, ours.shape[-1])
+    return ours
 
 
 def _blocks(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, str]:
@@ -144,19 +182,24 @@ def _round_trip_row(
 
 
 def _run_torch(
-    model: torch.nn.Module, pixels: torch.Tensor, labels: np.ndarray, mode: str
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    labels: np.ndarray,
+    mode: str,
+    named: Callable[[str], str],
 ) -> Result:
     stages: dict[str, np.ndarray] = {}
 
     def record(name: str) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        def hook(module: Any, _inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):  # copied before a later layer works in place
-                stages[name] = _channels_last(output.detach().numpy().copy())
+                value = output.detach().numpy().copy()
+                stages[name] = value if _ends_with_channels(module) else _channels_last(value)
 
         return hook
 
-    hooks = [m.register_forward_hook(record(n)) for n, m in model.named_modules() if n]
-    before = {k: v.numpy().copy() for k, v in model.named_buffers()}
+    hooks = [m.register_forward_hook(record(named(n))) for n, m in model.named_modules() if n]
+    before = {named(k): v.numpy().copy() for k, v in model.named_buffers()}
     model.train(mode == "train")
     model.zero_grad()
     out = model(pixels)
@@ -168,24 +211,27 @@ def _run_torch(
     loss.backward()
     for hook in hooks:
         hook.remove()
-    statistics = _flax_statistics(before, model, stages) if mode == "train" else {}
+    statistics = _flax_statistics(before, model, stages, named) if mode == "train" else {}
     return Result(
         stages,
         {k: _channels_last(v.detach().numpy()) for k, v in outputs.items()},
         loss.detach().numpy(),
-        {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None},
+        {named(k): p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None},
         statistics,
     )
 
 
 def _flax_statistics(
-    before: Mapping[str, np.ndarray], model: torch.nn.Module, stages: Mapping[str, np.ndarray]
+    before: Mapping[str, np.ndarray],
+    model: torch.nn.Module,
+    stages: Mapping[str, np.ndarray],
+    named: Callable[[str], str],
 ) -> dict[str, np.ndarray]:
     """The running statistics after the step, as Flax keeps them.
 
     torch adds 0.1·(unbiased variance), n/(n-1) times what Flax adds.
     """
-    after = {k: v.numpy().copy() for k, v in model.named_buffers() if "running" in k}
+    after = {named(k): v.numpy().copy() for k, v in model.named_buffers() if "running" in k}
     for name in [k for k in after if k.endswith("running_var")]:
         values = stages[name.removesuffix(".running_var")]
         n = values.size / values.shape[-1]
@@ -242,6 +288,7 @@ def _outputs(out: Any, size: Sequence[int]) -> dict[str, jax.Array]:
     return {
         torch_name: resize.bilinear(out[name], size)
         for name, torch_name in (("logits", "out"), ("aux_logits", "aux"))
+        if out[name] is not None
     }
 
 
@@ -249,16 +296,27 @@ def module_outputs(model: nn.Module, intermediates: Mapping[str, Any]) -> dict[s
     """Every module's output under its torch name.
 
     A ConvNorm as a whole has no module in torch that it equals (the activation stands apart), so
-    its convolution and its norm are compared instead.
+    its convolution and its norm are compared instead. Of a module that is called several times, the
+    last output.
     """
     flat = flax.traverse_util.flatten_dict(dict(intermediates))
-    paths = {path[:-1]: values[0] for path, values in flat.items() if path[-1] == "__call__"}
-    return {
-        # torchvision's inverted residual adds its shortcut around a Sequential named conv.
-        torch_layout.key(model, "/".join(path)).removesuffix(".conv"): np.asarray(value)
-        for path, value in paths.items()
-        if len(path) > 0 and (*path, "conv") not in paths and isinstance(value, jax.Array)
-    }
+    paths = {path[:-1]: values[-1] for path, values in flat.items() if path[-1] == "__call__"}
+    outputs = {}
+    for path, value in paths.items():
+        if len(path) == 0 or (*path, "conv") in paths or not isinstance(value, jax.Array):
+            continue
+        name = torch_layout.key(model, "/".join(path))
+        if path[-1] != "conv":
+            # torchvision's inverted residual adds its shortcut around a Sequential named conv.
+            name = name.removesuffix(".conv")
+        outputs[name] = np.asarray(value)
+    return outputs
+
+
+def _ends_with_channels(module: torch.nn.Module) -> bool:
+    """Whether a layer of torch's has channels last, as ours."""
+    kinds = (torch.nn.Linear, torch.nn.LayerNorm)
+    return isinstance(module, kinds) and getattr(module, "data_format", "") != "channels_first"
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:
@@ -268,7 +326,7 @@ def _channels_last(x: np.ndarray) -> np.ndarray:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = (*torch_models.SEGMENTERS, *torch_models.ENCODERS)
+    names = (*torch_models.SEGMENTERS, *torch_models.ENCODERS, *transformers_models.MODELS)
     parser.add_argument("--model", nargs="+", default=["deeplabv3_resnet50"], choices=names)
     parser.add_argument("--size", nargs="+", type=_size, default=SIZES, metavar="HxW")
     parser.add_argument("--batch", type=int, default=4)

@@ -17,7 +17,8 @@ import numpy as np
 from dilaff_jax.errors import UserError
 from dilaff_jax.interop.files import State
 
-# Where the parts of a Segmenter stand in torchvision's segmentation models.
+# Where the parts of a Segmenter stand in torchvision's segmentation models; a decoder whose files
+# have other names says so (`torch_parts`).
 PARTS = {
     "encoder": "backbone.",
     "decoder": "classifier.",
@@ -45,11 +46,15 @@ def key(model: nn.Module, path: str) -> str:
     """
     part, _, rest = path.partition("/")
     if hasattr(model, "decoder"):
-        owner, prefix = getattr(model, part), PARTS[part]
+        owner = getattr(model, part)
+        prefix = (PARTS | dict(getattr(model.decoder, "torch_parts", ())))[part]
     else:  # a Classifier: torchvision's ImageNet models put no prefix before the encoder
         owner, prefix = model.encoder, ""
         rest = rest if part == "encoder" else path
-    for pattern, replacement in owner.torch_keys:
+    rules = owner.torch_keys
+    if part == "aux_head":
+        rules = getattr(model.decoder, "aux_torch_keys", rules)
+    for pattern, replacement in rules:
         rest = re.sub(pattern, replacement, rest)
     *modules, leaf = rest.split("/")
     return prefix + ".".join([*modules, _LEAVES.get(leaf, leaf)])

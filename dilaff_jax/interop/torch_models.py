@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dilaff_jax.errors import MissingPackageError
-from dilaff_jax.interop import torchvision_import
+from dilaff_jax.interop import torchvision_import, transformers_models
 from dilaff_jax.models import classifier, segmenter
 
 SEGMENTERS = ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50", "fcn_resnet101")
@@ -38,6 +38,8 @@ NUM_CLASSES = 21
 def pair(name: str, seed: int) -> tuple[Any, torch.nn.Module]:
     """Returns the Flax module and the torch module, without dropout in either."""
     torch.manual_seed(seed)
+    if name in transformers_models.MODELS:
+        return transformers_models.pair(name)
     if name in SEGMENTERS:
         decoder, _, encoder = name.partition("_")
         config = {"encoder": encoder, "decoder": decoder, "aux": True}
@@ -63,6 +65,8 @@ def randomise(model: torch.nn.Module, images: torch.Tensor) -> None:
     add a little to what is on. Filters have mean 0, so that these biases do not
     add up to means that drown the variance. Running statistics are those of `images`, disturbed.
     """
+    if isinstance(model, transformers_models.Segmentation | transformers_models.LinearOnTokens):
+        transformers_models.randomise(model)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     ends = _branch_ends(model)
     with torch.no_grad():

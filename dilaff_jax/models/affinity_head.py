@@ -6,6 +6,7 @@ width at stride 4, because that decides whether it is cheap (benchmarks/model_co
 """
 
 import functools
+import re
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -16,12 +17,8 @@ from dilaff_jax import affinity, resize
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import layers
 
-SOURCES = (
-    "decoder",
-    *(f"stride{2**i}" for i in (4, 3, 2, 1, 0)),
-    "image",
-    "probabilities",
-)
+# "decoder", "stride16", "image", "probabilities": the encoder says which strides there are.
+_SOURCE = re.compile(r"decoder|image|probabilities|stride[1-9]\d*")
 STRIDES = (1, 2, 4)
 
 
@@ -37,8 +34,9 @@ class AffinityHead(nn.Module):
         symmetric: predict half of the offsets and mirror them, a[i,o] = a[i+o,-o].
         stride: of the head's grid, 1, 2 or 4.
         sources: what it reads: "decoder" (features before the classifier), "stride16" to "stride2"
-            (the encoder's; "stride1" of one that has it), "image" (the normalised pixels, by a stem
-            of its own), "probabilities" (the segmentation's, through which no gradient flows).
+            (the encoder's; "stride1", "stride14" of one that has it), "image" (the normalised
+            pixels, by a stem of its own), "probabilities" (the segmentation's, through which no
+            gradient flows).
         width: channels.
         rates: dilations of the 3×3 convolutions, one for each.
         style: see `layers.Style`.
@@ -129,10 +127,15 @@ class AffinityHead(nn.Module):
     def _check(self) -> None:
         layers.check_choice("affinity.stride", self.stride, STRIDES)
         for source in self.sources:
-            layers.check_choice("affinity.sources", source, SOURCES)
+            if not _SOURCE.fullmatch(source):
+                raise UserError(
+                    f"affinity.sources has {source!r}; allowed: 'decoder', 'image', "
+                    "'probabilities', and 'stride4' or another of the encoder's strides"
+                )
         if not self.rates:
             raise UserError("affinity.rates are (); give one dilation or more, such as (1, 2, 4)")
         if not self.sources or len(set(self.sources)) < len(self.sources):
             raise UserError(
-                f"affinity.sources are {self.sources}; give one or more of {SOURCES}, each once"
+                f"affinity.sources are {self.sources}; give one or more, such as 'decoder' and "
+                "'stride4', each once"
             )

@@ -86,7 +86,12 @@ class ConvNorm(nn.Module):
     style: Style = Style()
 
     @nn.compact
-    def __call__(self, x: jax.Array | Sequence[jax.Array], train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array | Sequence[jax.Array],
+        train: bool,
+        size: Sequence[int] | None = None,
+    ) -> jax.Array:
         """`[B, H, W, C]` to `[B, H', W', F]`; several maps are joined, as `JoinedConv` does."""
         reach = self.dilation * (self.kernel - 1) // 2
         padding = "SAME" if self.padding == "same" else ((reach, reach), (reach, reach))
@@ -100,8 +105,9 @@ class ConvNorm(nn.Module):
                 self.dilation,
                 self.style,
                 name="conv",
-            )(x)
+            )(x, size)
         else:
+            assert size is None
             y = nn.Conv(
                 self.features,
                 (self.kernel, self.kernel),
@@ -112,12 +118,12 @@ class ConvNorm(nn.Module):
                 use_bias=False,
                 dtype=self.style.dtype,
                 kernel_init=_he_normal(self.depthwise),
-                conv_general_dilated=_own_conv(self.depthwise, self.style),
+                conv_general_dilated=own_conv(self.depthwise, self.style),
                 name="conv",
             )(x)
         if train:
             self._check_batch(y)
-        y = self._norm(train)(y)
+        y = norm(self.features, self.style, train, self.epsilon, self.two_pass)(y)
         return y if self.activation is None else self.activation(y)
 
     def _check_batch(self, x: jax.Array) -> None:
@@ -134,26 +140,6 @@ class ConvNorm(nn.Module):
                 "or more in each microbatch (batch_size, optim.accumulate), or set "
                 "model.norm='group', or model.frozen_norm=True with pretrained weights"
             )
-
-    def _norm(self, train: bool) -> nn.Module:
-        if self.style.norm == "group":
-            return nn.GroupNorm(
-                num_groups=next(g for g in range(32, 0, -1) if self.features % g == 0),
-                epsilon=self.epsilon,
-                dtype=self.style.dtype,
-                name="norm",
-            )
-        common = {
-            "use_running_average": not train or self.style.frozen_norm,
-            "momentum": MOMENTUM,
-            "epsilon": self.epsilon,
-            "dtype": self.style.dtype,
-            "axis_name": self.style.axis_name,
-            "name": "norm",
-        }
-        if dispatch.target() == "cpu":
-            return batch_norm.BatchNorm(two_pass=self.two_pass, **common)
-        return nn.BatchNorm(use_fast_variance=not self.two_pass, **common)
 
 
 class JoinedConv(nn.Module):
@@ -179,21 +165,27 @@ class JoinedConv(nn.Module):
     style: Style
 
     @nn.compact
-    def __call__(self, maps: Sequence[jax.Array]) -> jax.Array:
-        """`[B, H, W, C_i]` each to `[B, H', W', F]`; a 1×1 window takes maps of one pixel, too."""
+    def __call__(self, maps: Sequence[jax.Array], size: Sequence[int] | None = None) -> jax.Array:
+        """`[B, H, W, C_i]` each to `[B, H', W', F]`; a 1×1 window takes maps of one pixel, too.
+
+        With `size` `(H', W')`, a 1×1 window takes maps of any sizes, enlarged after they have been
+        convolved: the same as before, since both are linear in different axes, for fewer FLOPs.
+        """
+        assert size is None or self.kernel == 1
         channels = sum(x.shape[-1] for x in maps)
         shape = (self.kernel, self.kernel, channels, self.features)
-        dtype, convolve = self.style.dtype, _own_conv(False, self.style) or _library_conv
+        dtype, convolve = self.style.dtype, own_conv(False, self.style) or _library_conv
         filters = self.param("kernel", _he_normal(False), shape, jnp.float32).astype(dtype)
         total, start = jnp.zeros((), dtype), 0
         for x in maps:
-            total += convolve(
+            y = convolve(
                 x.astype(dtype),
                 filters[:, :, start : start + x.shape[-1]],
                 (self.stride, self.stride),
                 self.padding,
                 rhs_dilation=(self.dilation, self.dilation),
             )
+            total += y if size is None else resize_to(y, size)
             start += x.shape[-1]
         return total
 
@@ -229,13 +221,22 @@ class Dropout(nn.Module):
         """Drops values of `[B, H, W, C]` in training, scaling the rest up."""
         if not train or self.rate == 0:
             return x
-        place = jnp.arange(x.shape[0])
-        if self.style.axis_name is not None:
-            place = place + jax.lax.axis_index(self.style.axis_name) * x.shape[0]
-        key = self.make_rng("dropout")
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(place)
-        draw = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape[1:])
-        return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0).astype(x.dtype)
+        return drop(x, self.make_rng("dropout"), self.rate, x.shape[1:], self.style)
+
+
+def drop(
+    x: jax.Array, key: jax.Array, rate: float, shape: Sequence[int], style: Style
+) -> jax.Array:
+    """`x` `[B, ...]` with values set to 0 by a mask of `shape` for each image, the rest scaled up.
+
+    An image's mask depends on the key and on its place in the global batch alone.
+    """
+    place = jnp.arange(x.shape[0])
+    if style.axis_name is not None:
+        place = place + jax.lax.axis_index(style.axis_name) * x.shape[0]
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(place)
+    draw = functools.partial(jax.random.bernoulli, p=1 - rate, shape=tuple(shape))
+    return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0).astype(x.dtype)
 
 
 def classifier(
@@ -253,9 +254,33 @@ def classifier(
         (1, 1),
         dtype=style.dtype,
         kernel_init=init,
-        conv_general_dilated=_own_conv(False, style),
+        conv_general_dilated=own_conv(False, style),
         name=name,
     )
+
+
+def norm(
+    features: int, style: Style, train: bool, epsilon: float = EPSILON, two_pass: bool = False
+) -> nn.Module:
+    """The normalisation of the style, named "norm"; `two_pass` as in `ConvNorm`."""
+    if style.norm == "group":
+        return nn.GroupNorm(
+            num_groups=next(g for g in range(32, 0, -1) if features % g == 0),
+            epsilon=epsilon,
+            dtype=style.dtype,
+            name="norm",
+        )
+    common = {
+        "use_running_average": not train or style.frozen_norm,
+        "momentum": MOMENTUM,
+        "epsilon": epsilon,
+        "dtype": style.dtype,
+        "axis_name": style.axis_name,
+        "name": "norm",
+    }
+    if dispatch.target() == "cpu":
+        return batch_norm.BatchNorm(two_pass=two_pass, **common)
+    return nn.BatchNorm(use_fast_variance=not two_pass, **common)
 
 
 def resize_to(x: jax.Array, size: Sequence[int]) -> jax.Array:
@@ -312,7 +337,7 @@ def _cells(n: int, size: int) -> np.ndarray:
     return cells
 
 
-def _own_conv(depthwise: bool, style: Style) -> Callable[..., jax.Array] | None:
+def own_conv(depthwise: bool, style: Style) -> Callable[..., jax.Array] | None:
     """What Flax's layer is to call instead of XLA's convolution; None where that is best."""
     if style.convolution == "xla":
         return None

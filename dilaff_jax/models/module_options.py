@@ -24,8 +24,8 @@ _ALLOWED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, tuple) and all(isinstance(x, str) for x in v),
     ),
     tuple[float, ...]: (
-        "three numbers",
-        lambda v: isinstance(v, tuple) and len(v) == 3,
+        "numbers",
+        lambda v: isinstance(v, tuple) and all(schema.is_number(x) for x in v),
     ),
 }
 

@@ -10,7 +10,7 @@ package is named "module:attribute". The options of a variant are the module's o
 
 - An encoder has the fields `style`, `output_stride`, `mean` and `std` (RGB in [0, 255]); called
   with normalised images and `train` it returns features of nominal stride 2, 4, 8, 16, 32. One
-  whose first features are of another stride has an attribute `finest_stride` that says so.
+  whose features are of other strides has an attribute `strides`, the nominal stride of each.
 - A decoder has the fields `num_classes` and `style`; called with these features and `train` it
   returns (scores, the features they were made from), both at the stride it likes. num_classes is 0
   in an affinity network by itself: `layers.classifier` then scores nothing.
@@ -41,8 +41,8 @@ _FACTORS = Rule(
     "positive integers",
     lambda v: schema.is_sequence(v) and all(schema.is_whole(x, 1) for x in v),
 )
-# Of an encoder's first features, where the encoder does not say.
-_FINEST_STRIDE = 2
+# Of an encoder's features, where the encoder does not say.
+_STRIDES = (2, 4, 8, 16, 32)
 # At which scores come whose corners were aligned.
 _ALIGNED_STRIDE = 4
 # Of `config.model.segmentation`, where it is not None.
@@ -59,14 +59,16 @@ KEYS: schema.Section = {
     "encoder": Key(
         "resnet50",
         schema.NAME,
-        "`resnet18`, `34`, `50`, `101`, `mobilenet_v2`, `efficientnet_lite0`, `1`, `2`, `unet`, or "
+        "`resnet18`, `34`, `50`, `101`, `mobilenet_v2`, `efficientnet_lite0`, `1`, `2`, `unet`, "
+        "`mit_b0` to `5`, `convnext_tiny`, `small`, `base`, `large`, `dinov2_vits14`, `b`, `l`, "
+        "`g` (and `_reg`), `dinov3_vits16`, `b`, `l` (and `vits16plus`, `vith16plus`), or "
         "`module:name`, see [your own](extend.md).",
     ),
     "encoder_options": Key({}, schema.OPTIONS, "Fields of the encoder."),
     "output_stride": Key(
         8,
         schema.choice(*OUTPUT_STRIDES),
-        "8, 16 or 32; beyond it the encoder dilates.",
+        "8, 16 or 32; beyond it the encoder dilates. `mit` and `convnext` have 32 only, `vit` 16.",
     ),
     "multi_grid": Key(
         None,
@@ -98,7 +100,8 @@ KEYS: schema.Section = {
     "decoder": Key(
         "deeplabv3",
         schema.NAME,
-        "`deeplabv3`, `deeplabv3plus`, `fcn`, `pspnet`, `unet`, or `module:name`.",
+        "`deeplabv3`, `deeplabv3plus`, `fcn`, `pspnet`, `unet`, `segformer`, `upernet`, `linear`, "
+        "or `module:name`.",
     ),
     "decoder_options": Key({}, schema.OPTIONS, "Fields of the decoder, such as `width`."),
     "segmentation": Key(
@@ -108,6 +111,7 @@ KEYS: schema.Section = {
         "which refines what other networks give.",
     ),
     "aux": Key(False, schema.SWITCH, "Have an auxiliary FCN head on the features before the last."),
+    "aux_options": Key({}, schema.OPTIONS, "Fields of the auxiliary head, such as `width`."),
     "affinity": Key(
         None,
         schema.or_none(schema.OPTIONS),
@@ -162,8 +166,9 @@ class Segmenter(nn.Module):
         if self.aux_head is not None:
             aux = self.aux_head(features[:-1], train)[0].astype(jnp.float32)
         if self.affinity_head is not None:
-            finest = getattr(self.encoder, "finest_stride", _FINEST_STRIDE)
-            maps = {f"stride{finest << i}": y for i, y in enumerate(features)}
+            # Of several of one stride the last counts.
+            strides = getattr(self.encoder, "strides", _STRIDES)
+            maps = {f"stride{s}": y for s, y in zip(strides, features, strict=False)}
             affinities = self.affinity_head(x, maps | {"decoder": decoded}, logits, train)
             affinities = affinities.astype(jnp.float32)
         return {
@@ -213,7 +218,12 @@ def build(
     scored = 0 if segmentation is None else num_classes
     given = {"num_classes": scored, "style": style, "output_stride": config["output_stride"]}
     decoder = module_options.make_module(make, given, config["decoder_options"], "decoder_options")
-    aux = fcn.FCN(num_classes, style) if config["aux"] else None
+    aux = None
+    if config["aux"]:
+        of_aux = {"num_classes": num_classes, "style": style}
+        aux = module_options.make_module(fcn.FCN, of_aux, config["aux_options"], "aux_options")
+    elif config["aux_options"]:
+        raise UserError("model.aux_options are given and model.aux is False; set model.aux=True")
     head = None
     if config["affinity"] is not None:
         head = module_options.make_module(

@@ -3,7 +3,6 @@
 Zhao et al. 2017 (https://arxiv.org/abs/1612.01105).
 """
 
-import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -32,14 +31,8 @@ class PSPNet(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns scores `[B, h, w, C]` and the features `[B, h, w, F]` they were made from."""
-        x = features[-1]
-        conv = functools.partial(layers.ConvNorm, self.width, style=self.style)
-        levels = [x]
-        for size in self.bins:
-            level = layers.adaptive_average_pool(x, size)
-            level = conv(two_pass=True, name=f"bin_{size}")(level, train)
-            levels.append(layers.resize_to(level, x.shape[1:3]))
-        x = conv(kernel=3, name="conv")(levels, train)
+        levels = pyramid(features[-1], self.bins, self.width, self.style, train)
+        x = layers.ConvNorm(self.width, 3, style=self.style, name="conv")(levels, train)
         y = layers.Dropout(self.dropout, self.style)(x, train)
         return layers.classifier(self.num_classes, self.style)(y), x
 
@@ -47,6 +40,22 @@ class PSPNet(nn.Module):
     def torch_keys(self) -> layers.TorchKeys:
         """None: torchvision has no PSPNet; paths are joined by dots."""
         return ()
+
+
+def pyramid(
+    x: jax.Array, bins: Sequence[int], width: int, style: layers.Style, train: bool
+) -> list[jax.Array]:
+    """`x` `[B, h, w, C]` and, for each of `bins`, its means in `width` channels at that size.
+
+    To be called within a module, whose layers `bin_1` etc. become.
+    """
+    levels = [x]
+    for size in bins:
+        level = layers.adaptive_average_pool(x, size)
+        # Of so few pixels the batch statistics are often close together.
+        conv = layers.ConvNorm(width, two_pass=True, style=style, name=f"bin_{size}")
+        levels.append(layers.resize_to(conv(level, train), x.shape[1:3]))
+    return levels
 
 
 VARIANTS = {"pspnet": PSPNet}

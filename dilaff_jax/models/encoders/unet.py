@@ -33,7 +33,6 @@ class UNet(nn.Module):
     output_stride: int = 32
     mean: tuple[float, ...] = layers.IMAGENET_MEAN
     std: tuple[float, ...] = layers.IMAGENET_STD
-    finest_stride = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
@@ -55,6 +54,11 @@ class UNet(nn.Module):
             x = scale(width, stride, before, dilation, self.style, name=f"scale_{i}")(x, train)
             features.append(x)
         return tuple(features)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Nominal, of the features."""
+        return tuple(2**i for i in range(len(self.widths)))
 
     @property
     def torch_keys(self) -> layers.TorchKeys:
