@@ -1,5 +1,6 @@
 """The optimiser and its schedule, from `config.optim`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from dilaff_jax.errors import UserError
 from dilaff_jax.schema import Key, Rule
 
 OPTIMISERS = ("sgd", "adamw")
+# Of an encoder, with more axes than one but no weights of anything.
+_TOKENS = ("cls_token", "register_tokens", "position_embeddings")
 SCHEDULES = ("poly", "cosine", "constant")
 
 # The defaults are the field's SGD (mmsegmentation's DeepLab recipe).
@@ -38,11 +41,17 @@ KEYS: schema.Section = {
     "weight_decay": Key(
         5e-4,
         schema.FROM_0,
-        "On all but norms and biases; added to the gradient by SGD as torch does, decoupled in "
-        "AdamW.",
+        "On all but norms, biases and a transformer's tokens and positions; added to the gradient "
+        "by SGD as torch does, decoupled in AdamW.",
     ),
     "head_multiplier": Key(
         1.0, schema.FROM_0, "On the learning rate of all that is not the encoder."
+    ),
+    "layer_decay": Key(
+        1.0,
+        Rule("a number in (0, 1]", lambda v: schema.is_number(v) and 0 < v <= 1),
+        "The encoder's learning rates fall by this factor from each layer to the one before it, "
+        "as fine-tuned transformers are trained; encoders `mit`, `convnext`, `vit`.",
     ),
     "clip_norm": Key(0.0, schema.FROM_0, "Largest norm of the whole gradient; 0: no limit."),
     "accumulate": Key(1, schema.COUNT, "Microbatches in which a device goes through its rows."),
@@ -102,17 +111,39 @@ def _cosine(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters that decay: kernels. Norms and biases, all of one axis, do not."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """True for the parameters that decay: kernels. Norms and biases, all of one axis, do not.
+
+    Nor do a transformer's learned tokens and positions, as where these were trained.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p.ndim > 1 and path[-1].key not in _TOKENS, params
+    )
+
+
+def layer_rates(decay: float, layer_groups: Sequence[Sequence[str]]) -> dict[str, float]:
+    """The factor on the learning rate of each module in `layer_groups`, from the image on.
+
+    decay^(n - i) for group i of n, as BEiT and ConvNeXt are fine-tuned; what is in no group, the
+    last norms and the decoder, has 1 (https://arxiv.org/abs/2106.08254).
+    """
+    count = len(layer_groups)
+    return {name: decay ** (count - i) for i, names in enumerate(layer_groups) for name in names}
 
 
 def optimiser(
-    config: ml_collections.ConfigDict, num_steps: int
+    config: ml_collections.ConfigDict, num_steps: int, encoder: Any = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the gradient transformation and the schedule that it follows.
 
+    Args:
+        config: `config.optim`.
+        num_steps: of the run.
+        encoder: the model's, which with `layer_decay` says the order of its layers
+            (`layer_groups`).
+
     Raises:
-        UserError: a config that `KEYS` does not allow, and what `schedule` raises.
+        UserError: a config that `KEYS` does not allow, what `schedule` raises, and `layer_decay`
+            with an encoder whose layers have no stated order.
     """
     schema.check(config, KEYS, "config.optim")
     rate = schedule(config, num_steps)
@@ -124,7 +155,24 @@ def optimiser(
     else:
         core = [optax.scale_by_adam(config.b1, config.b2), decay]
     heads = optax.masked(optax.scale(config.head_multiplier), _is_head)
-    return optax.chain(clip, *core, heads, optax.scale_by_learning_rate(rate)), rate
+    layers = [] if config.layer_decay == 1 else [_by_layer(config.layer_decay, encoder)]
+    return optax.chain(clip, *core, heads, *layers, optax.scale_by_learning_rate(rate)), rate
+
+
+def _by_layer(decay: float, encoder: Any) -> optax.GradientTransformation:
+    groups = getattr(encoder, "layer_groups", ())
+    if not groups:
+        raise UserError(
+            f"optim.layer_decay is {decay}, and this encoder does not say which of its layers come "
+            "first (layer_groups); mit, convnext and vit do. Leave it at 1"
+        )
+    rates = layer_rates(decay, groups)
+
+    def scale(path: Any, update: jax.Array) -> jax.Array:
+        of_encoder = path[0].key == "encoder"
+        return update * rates.get(path[1].key, 1.0) if of_encoder else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def _is_head(params: Any) -> Any:

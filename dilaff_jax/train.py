@@ -92,7 +92,7 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
     evaluate.check_best_metric(config.best_metric, eval_source.class_names, model)
     if config.optim.frozen:  # to name the parameters, the model has to be traced
         frozen.Frozen(segmenter.abstract_variables(model)["params"], config.optim.frozen)
-    tx, schedule = optim.optimiser(config.optim, config.num_steps)
+    tx, schedule = optim.optimiser(config.optim, config.num_steps, model.encoder)
     weighted = objective.with_class_weights(config, train_source.class_pixels)
     train_step = TrainStep(weighted, model, classes, tx)
     return _Run(

@@ -148,3 +148,41 @@ def test_warm_up_rises_from_zero_and_meets_the_schedule(name):
 def test_bad_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         optim.optimiser(config(**changes), 10)
+
+
+class Encoder:
+    layer_groups = (("patch", "position_embeddings"), ("block_0",), ("block_1",))
+
+
+def test_layer_decay_scales_the_rate_of_each_layer_and_of_nothing_else():
+    """Of n groups the i-th has decay^(n - i): BEiT's rule, against its own words in numbers."""
+    ones = {"kernel": jnp.ones((2, 2))}
+    names = ("patch", "block_0", "block_1", "norm")
+    params = {"encoder": {n: ones for n in names}, "decoder": {"block_0": ones}}
+    params["encoder"]["position_embeddings"] = jnp.ones((1, 3, 2))
+    settings = config(name="sgd", momentum=0.0, weight_decay=0.0, learning_rate=1.0, schedule="constant")
+    settings.layer_decay = 0.5
+    tx, _ = optim.optimiser(settings, 10, Encoder())
+    updates, _ = tx.update(params, tx.init(params), params)
+    found = {k: float(jax.tree.leaves(v)[0].ravel()[0]) for k, v in updates["encoder"].items()}
+    assert found == {
+        "patch": -0.125,
+        "position_embeddings": -0.125,
+        "block_0": -0.25,
+        "block_1": -0.5,
+        "norm": -1.0,
+    }
+    assert float(updates["decoder"]["block_0"]["kernel"][0, 0]) == -1.0
+
+
+def test_tokens_and_positions_do_not_decay():
+    tree = {"cls_token": jnp.ones((1, 1, 4)), "position_embeddings": jnp.ones((1, 5, 4))}
+    assert optim.decay_mask({"encoder": {**tree, "patch": {"kernel": jnp.ones((2, 2, 3, 4))}}}) == {
+        "encoder": {"cls_token": False, "position_embeddings": False, "patch": {"kernel": True}}
+    }
+
+
+def test_layer_decay_needs_an_encoder_with_an_order():
+    settings = config(layer_decay=0.9)
+    with pytest.raises(ValueError, match="layer_decay is 0.9.*Leave it at 1"):
+        optim.optimiser(settings, 10, object())

@@ -63,7 +63,7 @@ class Programs:
         self._config, self._devices, self._eval_size = config, devices, eval_size
         self._num_classes, self._image = num_classes, (1, *config.data.crop_size, 3)
         self._model = segmenter.build(segmenter.config_of_run(config), num_classes, axis_name=AXIS)
-        self._tx, _ = optim.optimiser(config.optim, config.num_steps)
+        self._tx, _ = optim.optimiser(config.optim, config.num_steps, self._model.encoder)
         self._train = TrainStep(config, self._model, num_classes, self._tx)
         self._eval = EvalStep(config, self._model, num_classes)
         self._seed = seed_of(config)
