@@ -29,12 +29,15 @@ KEYS: schema.Section = {
         schema.TEXT,
         "Another run, or hf://OWNER/NAME, whose best (else latest) weights are taken.",
     ),
-    "model": Key("", schema.TEXT, "File of a whole network, in torch's layout."),
+    "model": Key(
+        "", schema.TEXT, "File of a whole network, in torch's layout, or hf://OWNER/NAME."
+    ),
     "encoder": Key(
         "",
         schema.TEXT,
-        "File of an ImageNet classification network, `.pth`, `.safetensors` or `.npz`, or "
-        "`module:function` of a package that returns its path.",
+        "File of an ImageNet classification network or of a pretrained transformer, `.pth`, `.bin`, "
+        "`.safetensors` or `.npz`, hf://OWNER/NAME, or `module:function` of a package that returns "
+        "its path.",
     ),
     "entry": Key("", schema.TEXT, "Key in the file that holds the weights."),
     "folded": Key(
@@ -93,7 +96,12 @@ def fresh(
 
 
 def weight_file(name: str) -> pathlib.Path:
-    """The path that `config.init.encoder` or `.model` names: a file, or a package's function."""
+    """The path that `config.init.encoder` or `.model` names.
+
+    A file, hf://OWNER/NAME, or a package's function.
+    """
+    if hub.is_address(name):
+        return hub.weights(name)
     if ":" not in name or pathlib.Path(name).exists():
         return pathlib.Path(name)
     files.local(name, "config.init")

@@ -14,6 +14,7 @@ import dilaff_jax
 from dilaff_jax import evaluate
 from dilaff_jax.interop import hub
 from dilaff_jax.report import model_card
+from dilaff_jax.runtime import checkpoint
 from tests import hub_server, tiny_run
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -276,3 +277,74 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(dilaff_jax.UserError, match=r"pip install 'dilaff-jax\[hub\]'"):
         hub.download(ADDRESS)
+
+
+WEIGHTS = {
+    "safetensors": ("model.safetensors", {"model.safetensors", "config.json", "pytorch_model.bin"}),
+    "index": (
+        "model.safetensors.index.json",
+        {"model.safetensors.index.json", "model-00001-of-00001.safetensors", "tf_model.h5"},
+    ),
+    "bin": ("pytorch_model.bin", {"pytorch_model.bin", "tf_model.h5", "README.md"}),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_weights_of_a_network_are_fetched_and_nothing_else(kind, served):
+    wanted, there = WEIGHTS[kind]
+    repositories, command = served
+    repositories.repositories["lab/net"] = {"main": {name: name.encode() for name in there}}
+    program = "from dilaff_jax import initialise; print(initialise.weight_file('hf://lab/net'))"
+    ran = command("-c", program)
+    assert ran.returncode == 0, ran.stderr
+    path = pathlib.Path(ran.stdout.strip().splitlines()[-1])
+    assert path.name == wanted
+    assert path.read_bytes() == wanted.encode()
+    fetched = {
+        p.rpartition("/")[2] for method, p in repositories.log if method == "GET" and "resolve" in p
+    }
+    assert fetched == {n for n in there if n.startswith("model")} or fetched == {wanted}
+
+
+def test_a_repository_without_weights_is_said(served):
+    repositories, command = served
+    repositories.repositories["lab/net"] = {"main": {"README.md": b"soon"}}
+    program = "from dilaff_jax.interop import hub; hub.weights('hf://lab/net')"
+    ran = command("-c", program)
+    assert "hf://lab/net holds no weights; looked for model.safetensors" in ran.stderr
+
+
+def test_a_run_begins_with_weights_of_the_hub(served, tmp_path):
+    """As recipes write it: config.init.encoder=hf://OWNER/NAME."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers", reason="needs the extra [huggingface]")
+    from tests import data_files, test_transformer_weights
+
+    test_transformer_weights.make_hugging_face("mit").save_pretrained(tmp_path / "mit")
+    weights = (tmp_path / "mit" / "model.safetensors").read_bytes()
+    repositories, command = served
+    repositories.repositories["lab/mit"] = {"main": {"model.safetensors": weights}}
+    data_files.tiny_shapes(tmp_path / "data")
+    options = str(test_transformer_weights.MIT)
+    ran = command(
+        *("-m", "dilaff_jax.main", "--config", "configs/shapes_segformer.py"),
+        *("--workdir", tmp_path / "run", f"--config.data.data_dir={tmp_path / 'data'}"),
+        *(
+            "--config.data.dataset=shapes/tiny",
+            "--config.num_steps=1",
+            "--config.optim.warmup_steps=0",
+        ),
+        *("--config.init.encoder=hf://lab/mit", f"--config.model.encoder_options={options}"),
+        *("--config.optim.frozen=('encoder',)", "--config.parallel.devices=1"),
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    model, variables = test_transformer_weights.ours("mit")
+    _, trained = checkpoint.read_variables(
+        tmp_path / "run",
+        {"params": {"encoder": variables["params"]["encoder"]}},
+        drop=("decoder/*", "affinity_head/*"),
+    )
+    kernel = trained["params"]["encoder"]["patch_embed_0"]["kernel"]
+    expected = test_transformer_weights.files.read(tmp_path / "mit" / "model.safetensors")
+    name = "segformer.encoder.patch_embeddings.0.proj.weight"
+    np.testing.assert_array_equal(kernel, expected[name].transpose(2, 3, 1, 0))

@@ -160,7 +160,9 @@ def test_layer_decay_scales_the_rate_of_each_layer_and_of_nothing_else():
     names = ("patch", "block_0", "block_1", "norm")
     params = {"encoder": {n: ones for n in names}, "decoder": {"block_0": ones}}
     params["encoder"]["position_embeddings"] = jnp.ones((1, 3, 2))
-    settings = config(name="sgd", momentum=0.0, weight_decay=0.0, learning_rate=1.0, schedule="constant")
+    settings = config(
+        name="sgd", momentum=0.0, weight_decay=0.0, learning_rate=1.0, schedule="constant"
+    )
     settings.layer_decay = 0.5
     tx, _ = optim.optimiser(settings, 10, Encoder())
     updates, _ = tx.update(params, tx.init(params), params)

@@ -1,5 +1,6 @@
-"""Weight files as flat dicts of arrays: `.pth`/`.pt`, `.safetensors`, `.npz`. No pickle is run."""
+"""Weight files as flat dicts of arrays: `.pth`, `.safetensors`, `.npz`. No pickle is run."""
 
+import json
 import pathlib
 import pickle  # for its error
 import zipfile
@@ -12,16 +13,19 @@ from dilaff_jax.errors import UserError
 
 State = dict[str, np.ndarray]
 
-_TORCH = (".pth", ".pt")
+_TORCH = (".pth", ".pt", ".bin")
+# Of a file that lists in which files beside it the weights are.
+_INDEX = ".safetensors.index.json"
 SUFFIXES = (*_TORCH, ".safetensors", ".npz")
 
 
 def read(path: str | pathlib.Path, entry: str | None = None) -> State:
     """Reads every array of a weight file.
 
-    `.pth` goes through `torch.load(weights_only=True)` (the extra `torch`), `.npz` through
-    `numpy.load(allow_pickle=False)`: code in a file is not run. What a training checkpoint holds
-    besides arrays, such as its arguments, is passed over unread.
+    `.pth`, `.pt` and `.bin` go through `torch.load(weights_only=True)` (the extra `torch`), `.npz`
+    through `numpy.load(allow_pickle=False)`: code in a file is not run. What a training checkpoint
+    holds besides arrays, such as its arguments, is passed over unread. Of weights in several files
+    `.safetensors.index.json` names them all.
 
     Args:
         path: the file.
@@ -71,6 +75,11 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def _load(path: pathlib.Path) -> dict[str, Any]:
+    if path.name.endswith(_INDEX):
+        named = set(json.loads(path.read_text())["weight_map"].values())
+        # Beside it, whatever it says: an index chooses no file elsewhere.
+        parts = [read(path.parent / pathlib.PurePath(name).name) for name in sorted(named)]
+        return {k: v for part in parts for k, v in part.items()}
     _check_suffix(path)
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:

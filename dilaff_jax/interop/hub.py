@@ -1,4 +1,4 @@
-"""Runs on the Hugging Face Hub: hf://OWNER/NAME[@REVISION] is a path of one.
+"""Runs and weights on the Hugging Face Hub: hf://OWNER/NAME[@REVISION] is a path of one.
 
     python -m dilaff_jax.interop.hub hf://OWNER/NAME FOLDER    # into a folder of one's own
 
@@ -29,6 +29,14 @@ _OF_A_RUN = (
 )
 _OF_A_STEP = ("checkpoints/{}/**", "evaluation/{}/results.json")
 FILES = (*_OF_A_RUN, *(pattern.format("*") for pattern in _OF_A_STEP))
+# What is fetched of a network, and the files that then may hold its weights, best first.
+_WEIGHTS = (
+    (
+        ("model*.safetensors", "model.safetensors.index.json"),
+        ("model.safetensors", "model.safetensors.index.json"),
+    ),
+    (("pytorch_model.bin",), ("pytorch_model.bin",)),
+)
 _URL = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?/?")
 
 
@@ -89,6 +97,32 @@ def download(url: str, folder: pathlib.Path | None = None) -> pathlib.Path:
     if folder is None:
         _refuse_code(path, wanted)
     return path
+
+
+def weights(url: str) -> pathlib.Path:
+    """Fetches the weights of a network into the hub's own cache; returns their file.
+
+    model.safetensors; where they are in several files, the index that names them; where there are
+    none of that kind, pytorch_model.bin, of which no code is run (see `files.read`).
+
+    Args:
+        url: hf://OWNER/NAME[@REVISION].
+
+    Raises:
+        UserError: `url` is no such path, the hub has no weights there or lets nobody in.
+        OSError: the hub cannot be reached.
+    """
+    wanted = address(url)
+    for patterns, names in _WEIGHTS:
+        with _asking(wanted) as hub:
+            found = hub.snapshot_download(
+                wanted.name, revision=wanted.revision, allow_patterns=list(patterns)
+            )
+        for name in names:
+            if (pathlib.Path(found) / name).is_file():
+                return pathlib.Path(found) / name
+    listed = ", ".join(name for _, names in _WEIGHTS for name in names)
+    raise UserError(f"{wanted} holds no weights; looked for {listed}")
 
 
 def _refuse_code(path: pathlib.Path, wanted: Address) -> None:

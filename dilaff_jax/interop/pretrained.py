@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from absl import logging
 
-from dilaff_jax.interop import bn_folded, files, torch_layout
+from dilaff_jax.interop import bn_folded, files, layouts, torch_layout
 from dilaff_jax.models import classifier
 
 # A classifier's layers, which a Segmenter has no place for.
@@ -30,9 +30,11 @@ def load_backbone(
 ) -> dict[str, Any]:
     """Returns `variables` with the encoder's from an ImageNet classification file.
 
-    The file has the names of torchvision's (for EfficientNet-Lite: of the package
-    `efficientnet_lite_pytorch`) classification model. Its classification head is not read; all
-    else must fit the encoder exactly.
+    The file has the names of torchvision's classification model (for EfficientNet-Lite: of the
+    package `efficientnet_lite_pytorch`; for MiT, ConvNeXt and ViT: Hugging Face's or their
+    authors', see `layouts`). Its classification head is not read, nor what an encoder says that it
+    has no use for (`unused`); what such a file has not (`fresh`) stays as initialised. All else
+    must fit the encoder exactly.
 
     Args:
         model: a Segmenter.
@@ -49,12 +51,15 @@ def load_backbone(
         KeyMismatchError: the keys do not fit; the message lists them.
         UserError: as `files.read`.
     """
-    state = files.read(path, entry)
+    state = layouts.hugging_face(files.read(path, entry))
     head = [torch_layout.key(classifier.Classifier(model.encoder), p) + ".*" for p in _HEAD]
     alone = classifier.Classifier(model.encoder)
     part = {c: {"encoder": tree["encoder"]} for c, tree in variables.items() if "encoder" in tree}
     state, drop = _without_prefix(state, drop, torch_layout.keys(alone, part).values())
-    drop = [*drop, *(p for p in head if any(k.startswith(p[:-1]) for k in state))]
+    of_no_use = [*head, *getattr(model.encoder, "unused", ())]
+    drop = [*drop, *(p for p in of_no_use if fnmatch.filter(state, p))]
+    fresh = getattr(model.encoder, "fresh", ())
+    keep = [*keep, *(p for p in fresh if not fnmatch.filter(state, p))]
     if folded:
         state = bn_folded.unfold(alone, part, state)
     part = torch_layout.from_torch(alone, part, state, drop=drop, keep=keep)
@@ -75,9 +80,10 @@ def load_model(
     folded: bool = False,
     calibration_images: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Returns `variables` with all values from a file of the whole model, names as torchvision's.
+    """Returns `variables` with all values from a file of the whole model.
 
-    For another number of classes say so: `drop=keep=("classifier.4.*", "aux_classifier.4.*")`; for
+    The names are torchvision's; of SegFormer and UPerNet Hugging Face's, or their authors' and
+    mmsegmentation's (see `layouts`). For another number of classes say so: `drop=keep=("classifier.4.*", "aux_classifier.4.*")`; for
     a head that the file knows nothing of: `keep=("affinity_head.*",)`. The names of TensorFlow's
     mobile DeepLab are known, too.
 
@@ -95,7 +101,7 @@ def load_model(
         KeyMismatchError: the keys do not fit; the message lists them.
         UserError: as `files.read`.
     """
-    state = files.read(path, entry)
+    state = layouts.hugging_face(files.read(path, entry))
     if "concat_projection.weight" in state:
         state = bn_folded.mobile_deeplab_keys(state)
     names = torch_layout.keys(model, variables).values()

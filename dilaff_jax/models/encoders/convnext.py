@@ -56,7 +56,7 @@ class ConvNeXt(nn.Module):
     std: tuple[float, ...] = layers.IMAGENET_STD
     strides = (4, 8, 16, 32)
     # What a file of an ImageNet network has besides, and what it has not.
-    unused = ("layernorm.*", "classifier.*")
+    unused = ("layernorm.*", "classifier.*", "head.*")
     fresh = ("hidden_states_norms.*",)
 
     @nn.compact
