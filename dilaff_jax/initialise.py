@@ -35,9 +35,9 @@ KEYS: schema.Section = {
     "encoder": Key(
         "",
         schema.TEXT,
-        "File of an ImageNet classification network or of a pretrained transformer, `.pth`, `.bin`, "
-        "`.safetensors` or `.npz`, hf://OWNER/NAME, or `module:function` of a package that returns "
-        "its path.",
+        "File of an ImageNet classification network or of a pretrained transformer (`.pth`, "
+        "`.bin`, `.safetensors`, `.npz`), hf://OWNER/NAME, or `module:function` of a package that "
+        "returns its path.",
     ),
     "entry": Key("", schema.TEXT, "Key in the file that holds the weights."),
     "folded": Key(

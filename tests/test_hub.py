@@ -338,7 +338,7 @@ def test_a_run_begins_with_weights_of_the_hub(served, tmp_path):
         *("--config.optim.frozen=('encoder',)", "--config.parallel.devices=1"),
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    model, variables = test_transformer_weights.ours("mit")
+    _, variables = test_transformer_weights.ours("mit")
     _, trained = checkpoint.read_variables(
         tmp_path / "run",
         {"params": {"encoder": variables["params"]["encoder"]}},

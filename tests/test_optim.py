@@ -158,7 +158,7 @@ def test_layer_decay_scales_the_rate_of_each_layer_and_of_nothing_else():
     """Of n groups the i-th has decay^(n - i): BEiT's rule, against its own words in numbers."""
     ones = {"kernel": jnp.ones((2, 2))}
     names = ("patch", "block_0", "block_1", "norm")
-    params = {"encoder": {n: ones for n in names}, "decoder": {"block_0": ones}}
+    params = {"encoder": dict.fromkeys(names, ones), "decoder": {"block_0": ones}}
     params["encoder"]["position_embeddings"] = jnp.ones((1, 3, 2))
     settings = config(
         name="sgd", momentum=0.0, weight_decay=0.0, learning_rate=1.0, schedule="constant"
@@ -186,5 +186,5 @@ def test_tokens_and_positions_do_not_decay():
 
 def test_layer_decay_needs_an_encoder_with_an_order():
     settings = config(layer_decay=0.9)
-    with pytest.raises(ValueError, match="layer_decay is 0.9.*Leave it at 1"):
+    with pytest.raises(ValueError, match=r"layer_decay is 0\.9.*Leave it at 1"):
         optim.optimiser(settings, 10, object())

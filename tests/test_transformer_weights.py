@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("transformers", reason="needs the extra [huggingface]")
 
+import torch
+
+from dilaff_jax import resize
 from dilaff_jax.interop import files, layouts, pretrained, torch_layout, transformers_models
 from dilaff_jax.models import segmenter
 
@@ -163,20 +166,11 @@ def test_a_file_of_hugging_faces_computes_what_it_computed_there(kind, suffix, t
     loaded = load(model, variables, path)
     x = pixels(model)
     if kind in WHOLE:
-        out = model.apply(loaded, images(), train=False)
+        logits = model.apply(loaded, images(), train=False)["logits"]
         with torch.no_grad():
-            expected = network(x).logits
-        expected = torch.nn.functional.interpolate(
-            expected, size=out["logits"].shape[1:3], mode="bilinear"
-        )
-        if kind == "segformer":  # UPerNet's are enlarged already
-            same(out["logits"], expected.permute(0, 2, 3, 1).numpy())
-        else:
-            from dilaff_jax import resize
-
-            with torch.no_grad():
-                whole = network(x).logits.permute(0, 2, 3, 1).numpy()
-            same(resize.bilinear(out["logits"], SIZE), whole)
+            expected = network(x).logits.permute(0, 2, 3, 1).numpy()
+        # UPerNet's are enlarged already.
+        same(logits if kind == "segformer" else resize.bilinear(logits, SIZE), expected)
         return
     features = model.encoder.apply({"params": loaded["params"]["encoder"]}, pixels_last(x), False)
     expected = last_map(network, x)

@@ -83,9 +83,9 @@ def load_model(
     """Returns `variables` with all values from a file of the whole model.
 
     The names are torchvision's; of SegFormer and UPerNet Hugging Face's, or their authors' and
-    mmsegmentation's (see `layouts`). For another number of classes say so: `drop=keep=("classifier.4.*", "aux_classifier.4.*")`; for
-    a head that the file knows nothing of: `keep=("affinity_head.*",)`. The names of TensorFlow's
-    mobile DeepLab are known, too.
+    mmsegmentation's (see `layouts`). For another number of classes say so:
+    `drop=keep=("classifier.4.*", "aux_classifier.4.*")`; for a head that the file knows nothing of:
+    `keep=("affinity_head.*",)`. The names of TensorFlow's mobile DeepLab are known, too.
 
     Args:
         model: a Segmenter.
