@@ -4,11 +4,15 @@
 
 FLOPs of one forward pass, batch 1, as `dilaff_jax.runtime.cost` counts them; the propagation step
 is held against the formula 2(K+1)·C·H·W. Memory is the compiled program's temporaries, forward and
-with the backward pass.
+with the backward pass, an image. Attention in parts (`models.transformer.attend`) is counted as if it were in
+one, since XLA counts the body of a loop once; its memory is that of the program as it runs, and for
+images of 1024×2048 beside that of attention in one part.
 """
 
 import argparse
 import functools
+import math
+import unittest.mock
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +25,7 @@ import tqdm
 from benchmarks import timing
 from dilaff_jax import propagate, resize
 from dilaff_jax.configs import default
-from dilaff_jax.models import segmenter
+from dilaff_jax.models import segmenter, transformer
 from dilaff_jax.runtime.cost import flops, gradient, parameters, temporaries
 
 NUM_CLASSES = 21
@@ -40,12 +44,24 @@ MODELS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
     "efficientnet_lite1 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
     "efficientnet_lite2 deeplabv3plus": {"output_stride": 16, "decoder_options": LIGHT},
+    "mit_b0 segformer": {"output_stride": 32},
+    "mit_b2 segformer": {"output_stride": 32, "decoder_options": {"width": 768}},
+    "convnext_tiny upernet": {"output_stride": 32},
+    "dinov2_vits14 linear": {"output_stride": 16},
+    "dinov3_vits16 linear": {"output_stride": 16},
+    "dinov2_vitb14 linear": {"output_stride": 16},
 }
+# Maps of patches alone keep no borders: there the head has a stem of its own on the image.
+STEM = ("image", "decoder")
+# Encoders whose memory is shown with attention in parts and in one, and sizes of images.
+ATTENDING = ("mit_b2", "dinov3_vits16")
+SIZES = ((512, 1024), (1024, 2048))
 # As every config has it that does not say otherwise.
 HEAD: dict[str, Any] = default.get_config().model.affinity.to_dict()
 # Beside so light a base the default head is no minor expense; a narrower one is given too.
 WIDTHS = {
-    name: (64, 24) if config.get("decoder_options") else (64,) for name, config in MODELS.items()
+    name: (64, 24) if config.get("decoder_options") == LIGHT else (64,)
+    for name, config in MODELS.items()
 }
 # What may count as a minor additional expense, for DeepLabv3 on ResNet-50.
 BAR = {"model": "resnet50 deeplabv3", "flops_percent": 5.0, "parameters_percent": 3.0}
@@ -57,17 +73,21 @@ def cost(name: str, size: int, affinity: dict[str, Any] | None) -> dict[str, flo
     config = {"encoder": encoder, "decoder": decoder, "affinity": affinity} | MODELS[name]
     model = segmenter.build(config, NUM_CLASSES)
     variables = segmenter.abstract_variables(model)
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    images, two = (jax.ShapeDtypeStruct((n, size, size, 3), jnp.uint8) for n in (1, 2))
     forward = functools.partial(run, model)
+    with in_one_part():
+        gflop = flops(forward, variables, images) / 1e9
     result = {
         "parameters": parameters(variables),
-        "gflop": flops(forward, variables, images) / 1e9,
+        "gflop": gflop,
         "memory_mb": temporaries(forward, variables, images) / 1e6,
-        "training_memory_mb": temporaries(gradient(model), variables, images) / 1e6,
+        # Of two: BatchNorm cannot be trained on the mean of one image.
+        "training_memory_mb": temporaries(gradient(model), variables, two) / 2e6,
     }
     if affinity is not None:
         walks = [functools.partial(run, model, steps=t) for t in (0, 1, STEPS)]
-        none, one = (flops(walk, variables, images) / 1e9 for walk in walks[:2])
+        with in_one_part():
+            none, one = (flops(walk, variables, images) / 1e9 for walk in walks[:2])
         result["step_gflop"] = one - none
         result["propagated_gflop"] = none + STEPS * (one - none)
         result["propagated_memory_mb"] = temporaries(walks[2], variables, images) / 1e6
@@ -127,7 +147,8 @@ def compare(name: str, size: int) -> list[dict[str, Any]]:
     base = cost(name, size, None)
     rows = []
     for width in WIDTHS[name]:
-        head = cost(name, size, HEAD | {"width": width})
+        sources = STEM if name.startswith("dino") else HEAD["sources"]
+        head = cost(name, size, HEAD | {"width": width, "sources": sources})
         percent = {
             "parameters_percent": 100 * (head["parameters"] / base["parameters"] - 1),
             "head_flops_percent": 100 * (head["gflop"] / base["gflop"] - 1),
@@ -135,6 +156,25 @@ def compare(name: str, size: int) -> list[dict[str, Any]]:
         }
         rows.append({"model": name, "width": width, "base": base, "head": head} | percent)
     return rows
+
+
+def in_one_part() -> Any:
+    """Within it attention is not cut into parts."""
+    return unittest.mock.patch.object(transformer, "SCORE_BYTES", math.inf)
+
+
+def attention(name: str, size: tuple[int, int]) -> dict[str, Any]:
+    """MB of an encoder's forward pass with attention in parts, and in one."""
+    encoder = segmenter.build_encoder(name, output_stride=16 if name.startswith("dino") else 32)
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: encoder.init(jax.random.key(0), x, False), images)
+
+    def memory() -> float:
+        return temporaries(lambda v, x: encoder.apply(v, x, False), variables, images) / 1e6
+
+    row = {"encoder": name, "height": size[0], "width": size[1], "memory_mb": memory()}
+    with in_one_part():
+        return row | {"in_one_part_mb": memory()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -153,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "provenance": timing.provenance("flax"),
         "step_gflop_by_formula": 2 * 33 * NUM_CLASSES * grid**2 / 1e9,
         "rows": rows,
+        "attention": [attention(name, size) for name in ATTENDING for size in SIZES],
     }
     bar = next((row for row in rows if row["model"] == BAR["model"]), None)
     if bar:

@@ -153,6 +153,53 @@ def random_logits(*shape):
     return np.random.default_rng(3).normal(0, 3, shape).astype(np.float32)
 
 
+# Encoder with options, decoder, output stride; and the multiple that sizes have to be of.
+SMALL = {"width": 16, "depth": 2, "heads": 2, "hidden": 24}
+TRANSFORMERS = {
+    "segformer_b0": ("mit_b0", {}, "segformer", 32, 32),
+    "dinov2": ("dinov2_vits14", SMALL, "linear", 16, 14),
+    "dinov3": ("dinov3_vits16", SMALL, "linear", 16, 16),
+}
+
+
+def transformer(name, workdir):
+    encoder, options, decoder, stride, multiple = TRANSFORMERS[name]
+    run = runs.write(
+        workdir,
+        encoder=encoder,
+        encoder_options=options,
+        decoder=decoder,
+        decoder_options={},
+        output_stride=stride,
+        affinity={"dilations": (1, 2), "sources": ("image", "decoder")},
+    )
+    return network.from_run(run)[0], multiple
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_is_exported_for_all_sizes_that_its_patches_divide(name, tmp_path):
+    net, multiple = transformer(name, tmp_path / "run")
+    stablehlo.write(net, tmp_path / "model.zip")
+    with zipfile.ZipFile(tmp_path / "model.zip") as file:
+        program = jax.export.deserialize(bytearray(file.read("program.bin")))
+    for factors in ((4, 4), (5, 7)):
+        images = data_files.picture(*(f * multiple for f in factors), 0)[None]
+        logits, edges = jax.jit(net.apply)(net.variables, images)
+        found = jax.jit(program.call)(images)
+        for a, b in ((found["logits"], logits), (found["affinity_logits"], edges)):
+            np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+def test_segformer_in_onnx_equals_the_model(tmp_path):
+    """SegFormer-B0 whole, at a size fixed when it was converted."""
+    pytest.importorskip("jax2onnx", reason="needs: pip install --no-deps jax2onnx, extra [onnx]")
+    net, _ = transformer("segformer_b0", tmp_path / "run")
+    onnx.write(net, tmp_path / "model.onnx", (64, 96))
+    worst = onnx.compare(net, tmp_path / "model.onnx", (64, 96))
+    logits, _ = jax.jit(net.apply)(net.variables, WIDE[:1])
+    assert worst["logits"] < 1e-4 * np.abs(logits).max()
+
+
 @pytest.fixture(scope="module")
 def affinities(tmp_path_factory):
     """The workdir of an affinity network by itself."""
@@ -237,6 +284,15 @@ def test_what_is_converted_to_onnx_is_written_for_no_platform(tiny_run):
     wanted = jax.jit(stablehlo.program(net))(x)
     for name, value in zip(names, jax.jit(function)(x), strict=True):
         np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_converted_to_onnx_has_jax_own_operations_alone(tmp_path):
+    """Nothing that this package made for a GPU, which no converter knows."""
+    net, _ = transformer("segformer_b0", tmp_path / "run")
+    shape = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    assert "dilated_conv" in str(jax.make_jaxpr(stablehlo.program(net, "gpu"))(shape))
+    _, function = onnx.flattened(net, shape)
+    assert "dilated_conv" not in str(jax.make_jaxpr(function)(shape))
 
 
 def test_without_the_converter_the_message_says_how_to_get_it(tiny_run, tmp_path, monkeypatch):

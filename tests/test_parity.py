@@ -53,6 +53,63 @@ def test_fcn_resnet50_is_equal_to_torchvisions(networks_alone, capsys):
     assert "35,322,218" in capsys.readouterr().out
 
 
+FAMILIES = {
+    "segformer_b0": ("3,719,541", 119, 205),
+    "convnext_tiny": (None, 130, 229),
+    "dinov2_vits14": ("22,091,541", 124, 226),
+    "dinov2_vits14_reg": ("22,093,077", 124, 227),
+    "dinov3_vits16": ("21,631,509", 124, 214),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_are_equal_to_hugging_faces(name, networks_alone, capsys):
+    """Every layer and every gradient, at a size that no patch divides."""
+    pytest.importorskip("transformers", reason="needs the extra [huggingface]")
+    assert parity.main(["--model", name, "--size", "65x97", "--batch", "2"]) == 0
+    out = capsys.readouterr().out
+    parameters, stages, gradients = FAMILIES[name]
+    assert parameters is None or parameters in out
+    assert f"train stage: {stages}" in out
+    assert f"train gradient: {gradients}" in out
+
+
+def test_a_mistake_in_a_transformer_fails_the_report(networks_alone, monkeypatch, capsys):
+    """The same weights and one LayerNorm's epsilon 1e-3 for 1e-6 in one block of twelve."""
+    pytest.importorskip("transformers", reason="needs the extra [huggingface]")
+    from dilaff_jax.models import transformer
+
+    honest = transformer.layer_norm
+
+    def layer_norm(style, name, epsilon):
+        return honest(style, name, 1e-3 if name == "norm2" else epsilon)
+
+    monkeypatch.setattr(transformer, "layer_norm", layer_norm)
+    assert parity.main(["--model", "dinov2_vits14", "--size", "28x28", "--batch", "2"]) == 1
+    assert "BEYOND" in capsys.readouterr().out
+
+
+def test_rounding_does_not_fail_and_does_not_hide_a_mistake():
+    """A gradient that is nearly nothing: rounding on both sides, far beyond any relative bound."""
+    exact = np.array([1e-9, -2e-9])
+    theirs = exact + np.array([3e-7, -1e-7])
+    rounded = exact + np.array([-5e-7, 2e-7])
+
+    def passed(ours, **options):
+        row = report.compare("gradient", "x", ours, theirs, report.GRADIENT_BOUND, 1e-5, **options)
+        return row.passed
+
+    assert not passed(rounded)  # what failed on machines whose products round otherwise
+    assert passed(rounded, exact=exact)
+    assert not passed(exact + np.array([2e-6, 0]), exact=exact)
+    # Where torch rounds finely a mistake of a part in three hundred is one.
+    exact = np.array([1.0, 2.0])
+    theirs = exact + 1e-7
+    row = report.compare("gradient", "x", exact * 1.003, theirs, report.GRADIENT_BOUND, exact=exact)
+    assert not row.passed
+
+
 def test_another_dilation_fails_the_report(networks_alone, monkeypatch, capsys):
     """The same weights in a network that differs in one thing only."""
     honest = torch_models.pair

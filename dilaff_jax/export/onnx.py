@@ -81,10 +81,10 @@ def flattened(
 
     jax2onnx replaces layers of Flax by its own, which know less (no explicit padding of a pool);
     once traced, no layer is left to be replaced. It knows no platforms either: layers are Flax's
-    own, and of what is written for one platform beside others the default is taken.
+    own, as for a TPU, and of what is written for one platform beside others the default is taken.
     """
     make = stablehlo.refinement if len(inputs) > 1 else stablehlo.program
-    traced, shapes = jax.make_jaxpr(make(network, "gpu"), return_shape=True)(*inputs)
+    traced, shapes = jax.make_jaxpr(make(network, "tpu"), return_shape=True)(*inputs)
     return sorted(shapes), functools.partial(_run, traced.jaxpr, traced.consts)
 
 

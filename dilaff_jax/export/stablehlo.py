@@ -35,7 +35,8 @@ from dilaff_jax.serving.network import Network, from_run
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of which height and width are tried to be multiples, until the network's shapes are certain.
-_MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+# Of strides, and of patches of 14 pixels with the affinity head's grid.
+_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 14, 28, 56)
 
 
 def write(

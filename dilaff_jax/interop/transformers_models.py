@@ -241,5 +241,6 @@ def _dinov3(ours: Any, options: dict[str, Any]) -> torch.nn.Module:
 
 def _linear(encoder: Any, backbone: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
     # It stands for patches that are hidden in pretraining, and has no gradient here.
-    backbone.get_submodule("embeddings").register_parameter("mask_token", None)
+    embeddings: Any = backbone.get_submodule("embeddings")
+    embeddings.mask_token = None
     return LinearOnTokens(backbone, options["levels"] * encoder.width, encoder.patch)
