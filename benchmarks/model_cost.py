@@ -4,9 +4,9 @@
 
 FLOPs of one forward pass, batch 1, as `dilaff_jax.runtime.cost` counts them; the propagation step
 is held against the formula 2(K+1)·C·H·W. Memory is the compiled program's temporaries, forward and
-with the backward pass, an image. Attention in parts (`models.transformer.attend`) is counted as if it were in
-one, since XLA counts the body of a loop once; its memory is that of the program as it runs, and for
-images of 1024×2048 beside that of attention in one part.
+with the backward pass, an image. Attention in parts (`models.transformer.attend`) is counted as if
+it were in one, since XLA counts the body of a loop once; its memory is that of the program as it
+runs, and for images of 1024×2048 beside that of attention in one part.
 """
 
 import argparse

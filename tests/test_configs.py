@@ -112,7 +112,7 @@ def test_the_training_step_keeps_the_form_of_the_state(name):
     config = get_config(name)
     classes = CLASSES[config.data.dataset]
     model = segmenter.build(segmenter.config_of_run(config), classes, axis_name=parallel.AXIS)
-    tx, _ = optim.optimiser(config.optim, config.num_steps)
+    tx, _ = optim.optimiser(config.optim, config.num_steps, model.encoder)
     weighted = objective.with_class_weights(config, np.ones(classes))
     train_step = step.TrainStep(weighted, model, classes, tx)
     height, width = config.data.crop_size

@@ -18,8 +18,8 @@ What is where:
     prepare.py        the command that checks strangers' files and writes ArrayRecord
     contact_sheet.py  pictures of images with their labels
     builder.py        what every data set shares; images.py, folders.py: reading strangers' files
-    shapes.py, camvid.py, voc2012_seg.py, cityscapes.py, scene_parse150.py, image_folder.py:
-                      one data set each. A new one is one more file with a class `Builder`.
+    shapes.py, camvid.py, voc2012_seg.py, cityscapes.py, scene_parse150.py, image_folder.py,
+    coco_json.py:     one data set each. A new one is one more file with a class `Builder`.
 
 Everywhere: images RGB uint8 `[H, W, 3]`, labels uint8 `[H, W]`, 255 = ignored.
 """

@@ -35,7 +35,8 @@ from dilaff_jax.labels import IGNORE_LABEL
 _IGNORE = "ignore"
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field of options: its default, and what --help says of it."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -43,15 +44,13 @@ def _option(default: Any, text: str) -> Any:
 class FolderOptions(builder.Options):
     """What the builder can be told."""
 
-    classes: str = _option("classes.txt", "Class list: a file in --source, or NAME,NAME,...")
-    images: str = _option("{split}/images", "Where the images are, below --source.")
-    masks: str = _option("{split}/labels", "Where the masks are, below --source.")
-    mask_suffix: str = _option("", "What mask names have after the image's name, e.g. _mask.")
-    color_masks: bool = _option(False, "Masks are pictures in the colours of the class list.")
-    other_colors: str = _option("stop", "Colours not in the class list: 'stop' or 'ignore'.")
-    validation_share: float = _option(
-        0.1, "Share taken for validation if there is one folder only."
-    )
+    classes: str = option("classes.txt", "Class list: a file in --source, or NAME,NAME,...")
+    images: str = option("{split}/images", "Where the images are, below --source.")
+    masks: str = option("{split}/labels", "Where the masks are, below --source.")
+    mask_suffix: str = option("", "What mask names have after the image's name, e.g. _mask.")
+    color_masks: bool = option(False, "Masks are pictures in the colours of the class list.")
+    other_colors: str = option("stop", "Colours not in the class list: 'stop' or 'ignore'.")
+    validation_share: float = option(0.1, "Share taken for validation if there is one folder only.")
 
 
 def read_classes(text: str) -> list[tuple[str, tuple[int, int, int] | None]]:
@@ -135,9 +134,13 @@ class Builder(builder.SegmentationBuilder):
                 raise DataError(f"{file}: the class list is not UTF-8 text: {e}") from e
             return read_classes(text)
         if "," not in given:
+            coco = [*self.source.glob("*/_annotations.coco.json"), *self.source.glob("*.json")]
+            coco += self.source.glob("annotations/*.json")
             raise DataError(
                 f"{file}: no class list; write one class a line in the order of the mask values "
                 "(line 1 is value 0), or give --classes NAME,NAME,..."
+                + f". If {coco[0]} is COCO's JSON: --dataset coco_json"
+                * bool(coco)
             )
         return read_classes(given.replace(",", "\n"))
 
@@ -197,16 +200,7 @@ class Builder(builder.SegmentationBuilder):
         return folders.pair_up(self.source, *where, label_suffix=self._layout.mask_suffix)
 
     def _divided(self, pairs: list[Pair]) -> dict[str, list[Pair]]:
-        share = self.options.validation_share
-        if not 0 <= share < 1:
-            raise DataError(f"--validation_share={share}: want 0 to below 1")
-        held = {p.name for p in pairs if _hash(p.name) < share}
-        if not held:
-            return {"train": pairs}
-        return {
-            "train": [p for p in pairs if p.name not in held],
-            "validation": [p for p in pairs if p.name in held],
-        }
+        return split_by_name(pairs, self.options.validation_share)
 
     def read(self, item: Pair) -> builder.Example:
         """Reads one pair."""
@@ -215,6 +209,23 @@ class Builder(builder.SegmentationBuilder):
         colors = self._values if self._layout.color_masks else None
         label = images.load_label(item.label, colors, other)
         return builder.Example(item.name, image, size, label, item.image, item.label)
+
+
+def split_by_name(items: Sequence[Any], share: float) -> dict[str, list[Any]]:
+    """A share of the items for validation, by a hash of their names; the rest for training.
+
+    Raises:
+        DataError: the share is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise DataError(f"--validation_share={share}: want 0 to below 1")
+    held = {item.name for item in items if _hash(item.name) < share}
+    if not held:
+        return {"train": list(items)}
+    return {
+        "train": [item for item in items if item.name not in held],
+        "validation": [item for item in items if item.name in held],
+    }
 
 
 def _code(color: tuple[int, int, int]) -> int:
