@@ -178,7 +178,7 @@ class Evaluation:
             process_count=jax.process_count(),
             unit=devices.total,
         )
-        placed = devices.replicate(dict(variables))
+        placed = devices.place(dict(variables))
         device_counts: Any = None
         host_counts = [self._host_counts(_blank(self.variants))]
         drawn: dict[str, np.ndarray] = {}
@@ -308,7 +308,9 @@ def evaluate_run(
     """
     workdir = files.local(workdir, "the workdir")
     settings.check(config)
-    devices = Devices(config.parallel.mode, config.parallel.devices)
+    devices = Devices(
+        config.parallel.mode, config.parallel.devices, mesh=config.parallel.mesh.to_dict()
+    )
     source = datasets.load(config.data, config.data.eval_split)
     model = segmenter.build(segmenter.config_of_run(config), source.num_classes, axis_name=AXIS)
     like = segmenter.abstract_variables(model, config.data.crop_size)

@@ -88,6 +88,7 @@ class TrainStep:
         model: a `Segmenter` built with axis_name `AXIS`.
         num_classes: C.
         tx: the optimiser.
+        spread: of how many devices' rows a batch is made (`Devices.spread`).
 
     Raises:
         UserError: as `Objective`.
@@ -99,8 +100,10 @@ class TrainStep:
         model: nn.Module,
         num_classes: int,
         tx: optax.GradientTransformation,
+        spread: int = 1,
     ) -> None:
         self._config, self._model, self._num_classes, self._tx = config, model, num_classes, tx
+        self._spread = spread
         self._objective = Objective(config, model, num_classes)
 
     def init(self, image_shape: tuple[int, ...], seed: jax.Array | np.ndarray) -> TrainState:
@@ -177,15 +180,13 @@ class TrainStep:
         microbatches = self._config.optim.accumulate
         if microbatches == 1:
             return self._microbatch(state, parts, state.batch_stats, batch, key, None)
-        rows = batch["label"].shape[0]
+        rows = batch["label"].shape[0] // self._spread
         if rows % microbatches:
             raise UserError(
                 f"optim.accumulate is {microbatches}; a device's {rows} rows are not a multiple "
                 "of it"
             )
-        split = {
-            k: v.reshape(microbatches, rows // microbatches, *v.shape[1:]) for k, v in batch.items()
-        }
+        split = {k: self._split(v, microbatches) for k, v in batch.items()}
         counts = self._label_counts(state, split)
 
         def visit(carry: Any, xs: Any) -> tuple[Any, None]:
@@ -207,6 +208,12 @@ class TrainStep:
         )
         gradient, terms, confusion = sums
         return gradient, stats, terms, confusion
+
+    def _split(self, rows: jax.Array, microbatches: int) -> jax.Array:
+        """`[b, ...]` to `[microbatches, b / microbatches, ...]`, each with rows of all devices."""
+        shape = rows.shape[1:]
+        split = rows.reshape(self._spread, microbatches, -1, *shape).swapaxes(0, 1)
+        return split.reshape(microbatches, -1, *shape)
 
     def _microbatch(
         self,

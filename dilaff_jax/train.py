@@ -78,7 +78,9 @@ class _Run(NamedTuple):
 
 def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
     """Everything that a config says, without writing anything."""
-    devices = Devices(config.parallel.mode, config.parallel.devices)
+    devices = Devices(
+        config.parallel.mode, config.parallel.devices, mesh=config.parallel.mesh.to_dict()
+    )
     rows = devices.per_process(config.batch_size)
     train_source = datasets.load(config.data, config.data.train_split)
     eval_source = datasets.load(config.data, config.data.eval_split)
@@ -94,7 +96,7 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
         frozen.Frozen(segmenter.abstract_variables(model)["params"], config.optim.frozen)
     tx, schedule = optim.optimiser(config.optim, config.num_steps, model.encoder)
     weighted = objective.with_class_weights(config, train_source.class_pixels)
-    train_step = TrainStep(weighted, model, classes, tx)
+    train_step = TrainStep(weighted, model, classes, tx, devices.spread)
     return _Run(
         config, workdir, devices, rows, train_source, eval_source, model, schedule, train_step
     )
@@ -269,10 +271,10 @@ def _first_state(run: _Run, checkpoints: Checkpoints, batches: DevicePrefetch) -
     restored = checkpoints.restore(abstract, batches)
     if restored is None:
         state = initialise.fresh(run.config, run.train_step, run.model, run.train_source, shape)
-        return 0, run.devices.replicate(state)
+        return 0, run.devices.place(state)
     begin, state = restored
     checkpoints.discard_after(begin)
-    return begin, run.devices.replicate(state)
+    return begin, run.devices.place(state)
 
 
 def _compile(
@@ -281,7 +283,8 @@ def _compile(
     """The training step on all devices, with this run's seed; says what it needs."""
     devices, crop = run.devices, run.config.data.crop_size
     seed = devices.replicate(seed_of(run.config))
-    mapped = devices.map(_with_token(run.train_step), out="replicated", donate=True, shared=1)
+    out = ("state", "replicated")
+    mapped = devices.map(_with_token(run.train_step), out=out, donate=True, shared=1)
     started = time.perf_counter()
     example = {
         "image": np.zeros((run.rows, *crop, 3), np.uint8),

@@ -13,7 +13,7 @@ from dilaff_jax.configs import default
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
 from dilaff_jax.objective import Objective
-from dilaff_jax.runtime import parallel
+from dilaff_jax.runtime import parallel, sharding
 from tests import tiny
 
 CLASSES = 4
@@ -35,26 +35,27 @@ def make_batch(seed=0, rows=8):
     return {"image": rng.integers(0, 256, (rows, 32, 32, 3)).astype(np.uint8), "label": label}
 
 
-def make(config, axis_name=parallel.AXIS):
+def make(config, axis_name=parallel.AXIS, spread=1):
     model = segmenter.build(config.model, CLASSES, axis_name=axis_name)
     tx, _ = optim.optimiser(config.optim, 100)
-    return model, step.TrainStep(config, model, CLASSES, tx)
+    return model, step.TrainStep(config, model, CLASSES, tx, spread)
 
 
 @functools.cache
-def programs(config, mode, count):
+def programs(config, mode, count, mesh=()):
     """Devices, initial state and step; `config` is frozen, so that tests share what is compiled."""
-    _, train_step = make(config)
-    devices = parallel.Devices(mode, count)
+    devices = parallel.Devices(mode, count, mesh=dict(mesh))
+    _, train_step = make(config, spread=devices.spread)
     seed = devices.replicate(step.seed_of(config))
-    state = devices.replicate(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3), seed))
-    program = devices.map(train_step, out="replicated", shared=1)
+    state = devices.place(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3), seed))
+    program = devices.map(train_step, out="state", shared=1)
     return devices, state, lambda state, batch: program(state, batch, seed)
 
 
-def run(config, mode="pmap", count=1, steps=3, batches=None):
+def run(config, mode="pmap", count=1, steps=3, batches=None, mesh=()):
     """The state after some steps."""
-    devices, state, program = programs(ml_collections.FrozenConfigDict(config), mode, count)
+    frozen = ml_collections.FrozenConfigDict(config)
+    devices, state, program = programs(frozen, mode, count, mesh)
     for i in range(steps):
         state = program(state, devices.shard(batches[i] if batches else make_batch(i)))
     return jax.device_get(state)
@@ -76,6 +77,64 @@ def one_device():
 def test_all_mappings_and_numbers_of_devices_give_the_same_state(mode, count, one_device):
     """With uneven ignore masks, synchronised BatchNorm, dropout and both losses."""
     assert_same(run(make_config(), mode, count), one_device)
+
+
+MESHES = [(), (("data", 2), ("fsdp", 2)), (("data", 4), ("fsdp", 1))]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("change", [{}, {"accumulate": 2, "ema": 0.9, "name": "adamw"}])
+def test_a_state_in_pieces_takes_the_same_steps(change, mesh, monkeypatch):
+    """With dropout, uneven ignore masks and synchronised BatchNorm, as above."""
+    monkeypatch.setattr(sharding, "SMALLEST", 8)
+    config = make_config()
+    config.optim.update(change)
+    expected = run(config, "pmap", 4, steps=2)
+    programs.cache_clear()  # the limit on pieces is no argument
+    found = run(config, "fsdp", 4, steps=2, mesh=mesh)
+    assert_same(found, expected, 2e-5)
+
+
+def test_parameters_moments_and_averages_lie_in_pieces_and_stay_there(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST", 8)
+    config = make_config()
+    config.optim.update({"name": "adamw", "ema": 0.9})
+    programs.cache_clear()
+    devices, state, program = programs(ml_collections.FrozenConfigDict(config), "fsdp", 4)
+    after = program(state, devices.shard(make_batch()))
+    programs.cache_clear()
+    for part in (state, after):
+        for tree in (part.params, part.opt_state, part.average["params"]):
+            cut = [x for x in jax.tree.leaves(tree) if x.size >= 8 and max(x.shape) % 4 == 0]
+            assert len(cut) > 5
+            for x in cut:
+                assert x.addressable_shards[0].data.size == x.size // 4
+        for x in jax.tree.leaves((part.batch_stats, part.window, part.step, part.fault)):
+            assert x.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("shape", "pieces", "expected"),
+    [
+        ((3, 3, 64, 128), 4, (None, None, None, "fsdp")),
+        ((1024, 512), 8, ("fsdp",)),
+        ((512, 512), 8, (None, "fsdp")),  # the last of equals
+        ((7, 7, 3, 64), 3, (None, None, "fsdp")),
+        ((4099, 5), 4, ()),  # nothing divides it
+        ((64,), 4, ()),  # too small
+        ((1024, 512), 1, ()),
+    ],
+)
+def test_an_array_is_cut_along_its_largest_axis_that_the_pieces_divide(shape, pieces, expected):
+    assert tuple(sharding.spec(shape, pieces)) == expected
+
+
+@pytest.mark.parametrize("mesh", [{"data": 3, "fsdp": 1}, {"fsdp": 0}, {"model": 4}, {"data": "2"}])
+def test_a_mesh_of_another_number_of_devices_is_refused(mesh):
+    with pytest.raises(ValueError, match=r"parallel\.mesh is .*expected .* = 4"):
+        parallel.Devices("fsdp", 4, mesh=mesh)
+    with pytest.raises(ValueError, match="which is of mode 'fsdp', not 'pmap'"):
+        parallel.Devices("pmap", 4, mesh=mesh)
 
 
 @pytest.mark.parametrize("loss", ["ohem", "focal", "loss_max_pooling"])

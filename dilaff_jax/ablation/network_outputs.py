@@ -145,9 +145,11 @@ def fill(
 ) -> None:
     """Runs the network over the split, writing as it goes."""
     config = run.config
-    devices = Devices(config.parallel.mode, config.parallel.devices)
+    devices = Devices(
+        config.parallel.mode, config.parallel.devices, mesh=config.parallel.mesh.to_dict()
+    )
     program = devices.map(_program(model, config.inference), out="sharded")
-    variables = devices.replicate(dict(variables))
+    variables = devices.place(dict(variables))
     rows = -(-config.eval.batch_size // devices.total) * devices.total
     files: dict[str, np.ndarray] = {}
     bar = tqdm(total=len(source), desc=f"outputs of {run} on {split}", unit="image")

@@ -26,7 +26,7 @@ from dilaff_jax.models import segmenter
 from dilaff_jax.preflight import chips
 from dilaff_jax.preflight.chips import GIB, Chip
 from dilaff_jax.preflight.footprint import Footprint, available, measure, table
-from dilaff_jax.runtime.parallel import AXIS, Devices
+from dilaff_jax.runtime.parallel import AXIS, Devices, Mode
 from dilaff_jax.step import TrainStep, seed_of
 
 # The search for the largest batch ends when it is known to this share.
@@ -64,7 +64,7 @@ class Programs:
         self._num_classes, self._image = num_classes, (1, *config.data.crop_size, 3)
         self._model = segmenter.build(segmenter.config_of_run(config), num_classes, axis_name=AXIS)
         self._tx, _ = optim.optimiser(config.optim, config.num_steps, self._model.encoder)
-        self._train = TrainStep(config, self._model, num_classes, self._tx)
+        self._train = TrainStep(config, self._model, num_classes, self._tx, devices.spread)
         self._eval = EvalStep(config, self._model, num_classes)
         self._seed = seed_of(config)
         self._state = jax.eval_shape(lambda: self._train.init(self._image, self._seed))
@@ -89,7 +89,8 @@ class Programs:
         """The training step as it would be with nothing frozen, lowered."""
         config = self._config.copy_and_resolve_references()
         config.optim.frozen = ()
-        step = TrainStep(config, self._model, self._num_classes, self._tx)
+        spread = self._devices.spread
+        step = TrainStep(config, self._model, self._num_classes, self._tx, spread)
         return self._lower_step(
             step, jax.eval_shape(lambda: step.init(self._image, self._seed)), rows
         )
@@ -117,7 +118,7 @@ class Programs:
         return self._lower(self._devices.map(program, out="sharded"), (), maps)
 
     def _lower_step(self, train_step: TrainStep, state: Any, rows: int) -> Any:
-        program = self._devices.map(train_step, out="replicated", donate=True, shared=1)
+        program = self._devices.map(train_step, out="state", donate=True, shared=1)
         batch = self._batch(rows, self._config.data.crop_size)
         return self._lower(program, state, batch, self._seed)
 
@@ -129,7 +130,7 @@ class Programs:
         }
 
     def _lower(self, program: Any, state: Any, batch: Any, *shared: Any) -> Any:
-        placed = self._devices.abstract(state), self._devices.abstract(batch, "sharded")
+        placed = self._devices.abstract(state, "state"), self._devices.abstract(batch, "sharded")
         whole = self._devices.abstract(shared)
         platform = self._devices.local[0].platform
         return program.trace(*placed, *whole).lower(lowering_platforms=(platform,))
@@ -160,7 +161,9 @@ def run(
         jax.config.update("jax_platforms", "cpu")
     slice_devices = chips.devices(topology)
     chip, count = chips.of(slice_devices[0]), len(slice_devices)
-    devices = Devices("shard_map", compile_for=slice_devices)
+    # pmap's program is shard_map's; there is no slice of which it could be compiled for.
+    mode: Mode = "fsdp" if config.parallel.mode == "fsdp" else "shard_map"
+    devices = Devices(mode, compile_for=slice_devices, mesh=config.parallel.mesh.to_dict())
     programs = Programs(config, *classes_and_size(config, classes), devices)
     print(_heading(topology, chip, count), flush=True)
 

@@ -156,7 +156,7 @@ class Checkpoints:
             self._manager.close()
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, Any]:
-        target = self._devices.abstract(abstract)
+        target = self._devices.abstract(abstract, "state")
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -260,14 +260,14 @@ def read_variables(
 
 def _to_global(devices: Devices, tree: Any) -> Any:
     """Replicated state as arrays that all processes share, the form in which it is saved."""
-    if devices.mode == "shard_map" or jax.process_count() == 1:
+    if devices.mode != "pmap" or jax.process_count() == 1:
         return tree
     return jax.tree.map(ocp.utils.fully_replicated_host_local_array_to_global_array, tree)
 
 
 def _from_global(devices: Devices, tree: Any) -> Any:
     """The inverse of `_to_global`, for what was restored."""
-    if devices.mode == "shard_map" or jax.process_count() == 1:
+    if devices.mode != "pmap" or jax.process_count() == 1:
         return tree
     return devices.replicate(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree))
 
@@ -304,17 +304,24 @@ def _digest(state: Any, position: Any) -> dict[str, str]:
     """CRC-32 of every array of a state and of the data's position, by name.
 
     Any change within 32 bits is found, another one but for 1 in 2³². Costs one copy of the state
-    to the host; state on several devices or hosts is the same on all, so each takes its own.
+    to the host; state on several devices or hosts is the same on all, so each takes its own. What
+    lies in pieces on several hosts is put together on each.
     """
 
     def crc(array: Any) -> str:
         value = np.ascontiguousarray(array)
         return f"{zlib.crc32(value.reshape(-1).view(np.uint8).data):08x}"
 
-    arrays = parameter_names.named(jax.device_get(state))
+    arrays = parameter_names.named(jax.device_get(jax.tree.map(_whole, state)))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib leaves the interpreter free
         sums = dict(zip(arrays, pool.map(crc, arrays.values()), strict=True))
     return sums | {"data position": _crc_of_json(position)}
+
+
+def _whole(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _crc_of_json(value: Any) -> str:

@@ -1,7 +1,8 @@
 """Processes and devices: start, mapping a per-device program, placing state and batches.
 
 A program is written for one device; its collectives run over the axis `AXIS`. `Devices.map` turns
-it into one over all devices, by `jax.pmap` or by `jax.shard_map`: the numbers are the same.
+it into one over all devices, by `jax.pmap`, by `jax.shard_map`, or, in the mode "fsdp", by
+`jax.jit` over arrays that lie in pieces, see `sharding`: the numbers are the same.
 """
 
 import os
@@ -15,13 +16,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dilaff_jax import schema
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import sharding
 from dilaff_jax.schema import Key
 
 AXIS = "batch"
-MODES = ("pmap", "shard_map")
+MODES = ("pmap", "shard_map", "fsdp")
 
 KEYS: schema.Section = {
-    "mode": Key("pmap", schema.choice(*MODES), "`pmap` or `shard_map`; the numbers are the same."),
+    "mode": Key(
+        "pmap",
+        schema.choice(*MODES),
+        "`pmap`, `shard_map`, or `fsdp`, for models that one device cannot hold: parameters, the "
+        "optimiser's state and the average lie in pieces on all devices. The numbers are the same.",
+    ),
+    "mesh": Key(
+        {},
+        schema.OPTIONS,
+        "Of `fsdp`: `{'data': 2, 'fsdp': 8}`, how many copies of the state there are, each in how "
+        "many pieces; all devices together. `{}`: one copy in pieces on all.",
+    ),
     "devices": Key(0, schema.WHOLE, "Of each process; 0: all."),
     "coordinator": Key(
         "",
@@ -39,7 +52,7 @@ KEYS: schema.Section = {
 }
 # Those that `initialize` takes.
 PROCESS_KEYS = ("coordinator", "num_processes", "process_id", "heartbeat")
-Mode: TypeAlias = Literal["pmap", "shard_map"]
+Mode: TypeAlias = Literal["pmap", "shard_map", "fsdp"]
 Placement: TypeAlias = str | tuple[str, ...]
 
 
@@ -101,11 +114,13 @@ class Devices:
     Args:
         mode: how programs are mapped.
         count: use this many of each process's devices; 0 for all.
-        compile_for: devices of a slice that is not there, to compile programs for it ("shard_map"
-            only); they are then the devices of this run.
+        compile_for: devices of a slice that is not there, to compile programs for it (not "pmap");
+            they are then the devices of this run.
+        mesh: of "fsdp": {"data": copies, "fsdp": pieces}; {} for one copy.
 
     Raises:
-        UserError: an unknown mode, or more devices asked for than there are.
+        UserError: an unknown mode, more devices asked for than there are, or a mesh that is not of
+            as many.
     """
 
     def __init__(
@@ -113,11 +128,15 @@ class Devices:
         mode: Mode = "pmap",
         count: int = 0,
         compile_for: Sequence[jax.Device] | None = None,
+        mesh: Mapping[str, int] | None = None,
     ) -> None:
         if mode not in MODES:
-            raise UserError(f"parallel.mode is {mode!r}; expected 'pmap' or 'shard_map'")
-        if compile_for is not None and mode != "shard_map":
-            raise UserError(f"parallel.mode is {mode!r}; devices to compile for need 'shard_map'")
+            allowed = ", ".join(map(repr, MODES))
+            raise UserError(f"parallel.mode is {mode!r}; expected one of {allowed}")
+        if compile_for is not None and mode == "pmap":
+            raise UserError("parallel.mode is 'pmap'; devices to compile for need another")
+        if mesh and mode != "fsdp":
+            raise UserError(f"parallel.mesh is {dict(mesh)}, which is of mode 'fsdp', not {mode!r}")
         local = local_devices() if compile_for is None else list(compile_for)
         if count < 0 or count > len(local):
             raise UserError(
@@ -134,8 +153,17 @@ class Devices:
             every = self.local
         self.total = len(every)
         self._all = every
-        # pmap's state is placed on the devices of this process, shard_map's on those of all.
+        # pmap's state is placed on the devices of this process, the others' on those of all.
         self._mesh = Mesh(np.array(self.local if mode == "pmap" else every), (AXIS,))
+        self._rows = PartitionSpec(AXIS)
+        if mode == "fsdp":
+            self._mesh = sharding.mesh(every, mesh or {})
+            self._rows = PartitionSpec(self._mesh.axis_names)
+
+    @property
+    def spread(self) -> int:
+        """Of how many devices' rows, one after another, a batch is made that a program gets."""
+        return self.total if self.mode == "fsdp" else 1
 
     def map(
         self,
@@ -149,14 +177,15 @@ class Devices:
 
         Args:
             program: gets the whole state, this device's rows of the batch, and what follows whole.
-            out: "replicated" or "sharded", or a tuple of these for a program that returns a tuple.
+            out: "replicated", "sharded" or "state", which lies as `place` has it, or a tuple of
+                these for a program that returns a tuple.
             donate: give the state's memory to the result. The state must lie where `replicate`
                 puts it.
             shared: number of arguments that follow.
         """
         donated = (0,) if donate else ()
         if self.mode == "pmap":
-            axes = jax.tree.map({"replicated": None, "sharded": 0}.get, out)
+            axes = jax.tree.map({"replicated": None, "state": None, "sharded": 0}.get, out)
             return jax.pmap(
                 program,
                 axis_name=AXIS,
@@ -165,8 +194,11 @@ class Devices:
                 donate_argnums=donated,
                 devices=self._all,
             )
+        if self.mode == "fsdp":
+            return jax.jit(self._whole(program, out), donate_argnums=donated)
+        whole = PartitionSpec()
         specs = jax.tree.map(
-            {"replicated": PartitionSpec(), "sharded": PartitionSpec(AXIS)}.__getitem__, out
+            {"replicated": whole, "state": whole, "sharded": PartitionSpec(AXIS)}.__getitem__, out
         )
         # check_vma=False: with it the gradients of replicated parameters arrive already summed, and
         # the program's own psum would count them once more for every device.
@@ -179,19 +211,54 @@ class Devices:
         )
         return jax.jit(mapped, donate_argnums=donated)
 
+    def _whole(self, program: Callable[..., Any], out: Placement) -> Callable[..., Any]:
+        """A per-device program as one over whole arrays, for the compiler to divide.
+
+        It runs as on a single device that has all rows.
+        """
+
+        def run(state: Any, batch: Any, *shared: Any) -> Any:
+            def alone(rows: Any) -> Any:
+                return program(state, rows, *shared)
+
+            rows = jax.tree.map(lambda x: x[None], batch)
+            results = jax.vmap(alone, axis_name=AXIS)(rows)
+            results = jax.tree.map(lambda x: x[0], results)
+            if isinstance(out, str):
+                return jax.lax.with_sharding_constraint(results, self._placement(results, out))
+            return tuple(
+                jax.lax.with_sharding_constraint(r, self._placement(r, o))
+                for r, o in zip(results, out, strict=True)
+            )
+
+        return run
+
+    def _placement(self, tree: Any, kind: str) -> Any:
+        """How each array of a tree lies on the devices."""
+        if kind == "state" and self.mode == "fsdp":
+            return sharding.of_state(tree, self._mesh)
+        spec = self._rows if kind == "sharded" else PartitionSpec()
+        return jax.tree.map(lambda _: NamedSharding(self._mesh, spec), tree)
+
+    def place(self, tree: Any) -> Any:
+        """Places a state, or the variables of one, on the devices: whole, or in pieces."""
+        return self._put(tree, self._placement(tree, "state"))
+
     def replicate(self, tree: Any) -> Any:
         """Places `tree` on every device; what lies there already stays."""
-        sharding = NamedSharding(self._mesh, PartitionSpec())
-        if self.mode == "pmap" or jax.process_count() == 1:
-            return jax.device_put(tree, sharding)
+        return self._put(tree, self._placement(tree, "replicated"))
 
-        def place(x: Any) -> jax.Array:
+    def _put(self, tree: Any, placements: Any) -> Any:
+        if self.mode == "pmap" or jax.process_count() == 1:
+            return jax.device_put(tree, placements)
+
+        def place(x: Any, placement: NamedSharding) -> jax.Array:
             if isinstance(x, jax.Array) and not x.is_fully_addressable:
                 return x
             value = np.asarray(x)
-            return jax.make_array_from_callback(value.shape, sharding, lambda _: value)
+            return jax.make_array_from_callback(value.shape, placement, lambda i: value[i])
 
-        return jax.tree.map(place, tree)
+        return jax.tree.map(place, tree, placements)
 
     def shard(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Places this process's rows `[b, ...]`: each device gets b / (local devices) of them.
@@ -211,12 +278,15 @@ class Devices:
         return np.concatenate([np.asarray(s.data) for s in shards])
 
     def abstract(self, tree: Any, placement: str = "replicated") -> Any:
-        """Gives shapes and dtypes the placement of restored arrays, or of a "sharded" batch."""
-        mesh = self._mesh if jax.process_count() == 1 else Mesh(np.array(self._all), (AXIS,))
-        spec = PartitionSpec(AXIS) if placement == "sharded" else PartitionSpec()
-        sharding = NamedSharding(mesh, spec)
+        """Gives shapes and dtypes the placement of restored arrays ("state"), or of a batch."""
+        if self.mode == "pmap" and jax.process_count() > 1:
+            # What is restored is shared by all processes, which pmap's state is not.
+            mesh = Mesh(np.array(self._all), (AXIS,))
+            placements = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
+        else:
+            placements = self._placement(tree, placement)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+            lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), tree, placements
         )
 
     def per_process(self, batch_size: int) -> int:
@@ -239,8 +309,7 @@ class Devices:
             )
         if self.mode == "pmap":
             return rows.reshape(len(self.local), each, *rows.shape[1:])
-        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
-        return jax.make_array_from_process_local_data(sharding, rows)
+        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, self._rows), rows)
 
 
 def sum_over_processes(tree: Any) -> Any:
