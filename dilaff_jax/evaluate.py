@@ -308,9 +308,7 @@ def evaluate_run(
     """
     workdir = files.local(workdir, "the workdir")
     settings.check(config)
-    devices = Devices(
-        config.parallel.mode, config.parallel.devices, mesh=config.parallel.mesh.to_dict()
-    )
+    devices = Devices.of(config.parallel)
     source = datasets.load(config.data, config.data.eval_split)
     model = segmenter.build(segmenter.config_of_run(config), source.num_classes, axis_name=AXIS)
     like = segmenter.abstract_variables(model, config.data.crop_size)

@@ -78,9 +78,7 @@ class _Run(NamedTuple):
 
 def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
     """Everything that a config says, without writing anything."""
-    devices = Devices(
-        config.parallel.mode, config.parallel.devices, mesh=config.parallel.mesh.to_dict()
-    )
+    devices = Devices.of(config.parallel)
     rows = devices.per_process(config.batch_size)
     train_source = datasets.load(config.data, config.data.train_split)
     eval_source = datasets.load(config.data, config.data.eval_split)
@@ -131,6 +129,8 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         lines = [f"resumed at step {begin} of {config.num_steps}", *changed]
         reporter.say("\n  changed: ".join(lines))
     reporter.say(reporting.parameter_table(state.params))
+    if pieces := devices.table(state.params):
+        reporter.say(pieces)
     program = _compile(run, state, reporter)
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)
 

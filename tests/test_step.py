@@ -44,7 +44,7 @@ def make(config, axis_name=parallel.AXIS, spread=1):
 @functools.cache
 def programs(config, mode, count, mesh=()):
     """Devices, initial state and step; `config` is frozen, so that tests share what is compiled."""
-    devices = parallel.Devices(mode, count, mesh=dict(mesh))
+    devices = parallel.Devices(mode, count, mesh=dict(mesh), min_size=8)
     _, train_step = make(config, spread=devices.spread)
     seed = devices.replicate(step.seed_of(config))
     state = devices.place(jax.jit(train_step.init, static_argnums=0)((1, 32, 32, 3), seed))
@@ -84,25 +84,20 @@ MESHES = [(), (("data", 2), ("fsdp", 2)), (("data", 4), ("fsdp", 1))]
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("change", [{}, {"accumulate": 2, "ema": 0.9, "name": "adamw"}])
-def test_a_state_in_pieces_takes_the_same_steps(change, mesh, monkeypatch):
+def test_a_state_in_pieces_takes_the_same_steps(change, mesh):
     """With dropout, uneven ignore masks and synchronised BatchNorm, as above."""
-    monkeypatch.setattr(sharding, "SMALLEST", 8)
     config = make_config()
     config.optim.update(change)
     expected = run(config, "pmap", 4, steps=2)
-    programs.cache_clear()  # the limit on pieces is no argument
     found = run(config, "fsdp", 4, steps=2, mesh=mesh)
     assert_same(found, expected, 2e-5)
 
 
-def test_parameters_moments_and_averages_lie_in_pieces_and_stay_there(monkeypatch):
-    monkeypatch.setattr(sharding, "SMALLEST", 8)
+def test_parameters_moments_and_averages_lie_in_pieces_and_stay_there():
     config = make_config()
     config.optim.update({"name": "adamw", "ema": 0.9})
-    programs.cache_clear()
     devices, state, program = programs(ml_collections.FrozenConfigDict(config), "fsdp", 4)
     after = program(state, devices.shard(make_batch()))
-    programs.cache_clear()
     for part in (state, after):
         for tree in (part.params, part.opt_state, part.average["params"]):
             cut = [x for x in jax.tree.leaves(tree) if x.size >= 8 and max(x.shape) % 4 == 0]
@@ -126,7 +121,7 @@ def test_parameters_moments_and_averages_lie_in_pieces_and_stay_there(monkeypatc
     ],
 )
 def test_an_array_is_cut_along_its_largest_axis_that_the_pieces_divide(shape, pieces, expected):
-    assert tuple(sharding.spec(shape, pieces)) == expected
+    assert tuple(sharding.spec(shape, pieces, 4096)) == expected
 
 
 @pytest.mark.parametrize("mesh", [{"data": 3, "fsdp": 1}, {"fsdp": 0}, {"model": 4}, {"data": "2"}])

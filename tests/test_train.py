@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+import dilaff_jax
 from dilaff_jax import evaluate, metrics, train
 from dilaff_jax.data import datasets, prepare
 from dilaff_jax.errors import UserError
@@ -166,18 +167,21 @@ def test_a_run_that_dies_after_any_step_resumes_bit_identical(
 def test_two_processes_of_two_devices_are_one_of_four_and_one_device(
     unbroken, data_dir, cache, tmp_path
 ):
-    """Same losses, same evaluation, by pmap and by shard_map."""
-    for mode in ("pmap", "shard_map"):
+    """Same losses, same evaluation, by pmap, by shard_map and with the state in pieces."""
+    for mode in parallel.MODES:
         workdir = tmp_path / mode
-        for process in pair(data_dir, workdir, f"--config.parallel.mode={mode}"):
+        pieces = ("--config.parallel.min_size=8",) if mode == "fsdp" else ()
+        for process in pair(data_dir, workdir, f"--config.parallel.mode={mode}", *pieces):
             finish(process)
         assert_same_numbers(lines(workdir), lines(unbroken[0]))
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("pmap", 1), ("pmap", 2), ("shard_map", 4)])
+@pytest.mark.parametrize(
+    ("mode", "devices"), [("pmap", 1), ("pmap", 2), ("shard_map", 4), ("fsdp", 4)]
+)
 def test_other_devices_give_the_same_run(mode, devices, unbroken, data_dir, tmp_path):
     config = make_config(data_dir)
-    config.parallel.update({"mode": mode, "devices": devices})
+    config.parallel.update({"mode": mode, "devices": devices, "min_size": 8})
     train.train_and_evaluate(config, tmp_path)
     assert_same_numbers(lines(tmp_path), lines(unbroken[0]))
 
@@ -189,6 +193,35 @@ def test_a_run_of_four_devices_goes_on_with_one(unbroken, data_dir, tmp_path):
     config.parallel.devices = 1
     train.train_and_evaluate(config, workdir)
     assert_same_numbers(lines(workdir), lines(unbroken[0]))
+
+
+@pytest.mark.parametrize(("before", "after"), [("pmap", "fsdp"), ("fsdp", "shard_map")])
+def test_a_run_goes_on_in_another_mode_and_on_other_devices(
+    before, after, unbroken, data_dir, tmp_path, monkeypatch
+):
+    """Checkpoints know nothing of how the state lay: in pieces on four devices, whole on two."""
+    config = make_config(data_dir)
+    config.parallel.update({"mode": before, "min_size": 8})
+    with killed_after(monkeypatch, 3):
+        train.train_and_evaluate(config, tmp_path)
+    config.parallel.update({"mode": after, "devices": 2})
+    train.train_and_evaluate(config, tmp_path)
+    assert_same_numbers(lines(tmp_path), lines(unbroken[0]))
+
+
+def test_a_run_in_pieces_that_dies_resumes_bit_identical(data_dir, tmp_path, monkeypatch, capsys):
+    config = make_config(data_dir)
+    config.parallel.update({"mode": "fsdp", "mesh": {"data": 2, "fsdp": 2}, "min_size": 8})
+    train.train_and_evaluate(config, tmp_path / "whole")
+    said = capsys.readouterr()
+    assert "parameters in 2 pieces:\n  cut along axis " in said.out + said.err
+    with killed_after(monkeypatch, 3):
+        train.train_and_evaluate(config, tmp_path / "dead")
+    train.train_and_evaluate(config, tmp_path / "dead")
+    assert_bit_identical(tmp_path / "whole", tmp_path / "dead")
+    # What it wrote is used as any run is.
+    image = np.zeros((40, 48, 3), np.uint8)
+    assert dilaff_jax.load(tmp_path / "dead")(image).labels.shape == (40, 48)
 
 
 @pytest.fixture(scope="module")
@@ -206,20 +239,23 @@ def trained(unbroken, data_dir):
     return model, variables, source
 
 
-def evaluation(data_dir, trained, workdir, batch_size, devices, **changes):
+def evaluation(data_dir, trained, workdir, batch_size, devices, mode="pmap", **changes):
     config = make_config(data_dir)
     config.eval.update({"batch_size": batch_size, **changes})
-    on = parallel.Devices("pmap", devices)
+    on = parallel.Devices(mode, devices, min_size=8)
     source = datasets.load(config.data, config.data.eval_split)
     return evaluate.Evaluation(config, trained[0], on, workdir, source)(trained[1], 1)
 
 
-@pytest.mark.parametrize(("batch_size", "devices"), [(3, 1), (8, 1), (4, 2), (8, 4)])
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "mode"),
+    [(3, 1, "pmap"), (8, 1, "pmap"), (4, 2, "pmap"), (8, 4, "pmap"), (8, 4, "fsdp")],
+)
 def test_evaluation_counts_every_image_once_whatever_the_batch(
-    batch_size, devices, data_dir, trained, tmp_path
+    batch_size, devices, mode, data_dir, trained, tmp_path
 ):
     one = evaluation(data_dir, trained, tmp_path / "a", 1, 1)
-    other = evaluation(data_dir, trained, tmp_path / "b", batch_size, devices)
+    other = evaluation(data_dir, trained, tmp_path / "b", batch_size, devices, mode)
     assert other.scalars == one.scalars
 
 

@@ -145,9 +145,7 @@ def fill(
 ) -> None:
     """Runs the network over the split, writing as it goes."""
     config = run.config
-    devices = Devices(
-        config.parallel.mode, config.parallel.devices, mesh=config.parallel.mesh.to_dict()
-    )
+    devices = Devices.of(config.parallel)
     program = devices.map(_program(model, config.inference), out="sharded")
     variables = devices.place(dict(variables))
     rows = -(-config.eval.batch_size // devices.total) * devices.total

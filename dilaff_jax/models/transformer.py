@@ -110,7 +110,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     if not all(isinstance(n, int) for n in (batch, length, key.shape[1])):
         return _attend(query, key, value)  # an image of any size: its parts cannot be counted
     parts = math.ceil(4 * batch * heads * length * key.shape[1] / SCORE_BYTES)
-    if parts == 1:
+    if parts <= 1:
         return _attend(query, key, value)
     rows = -(-length // parts)
     parts = -(-length // rows)

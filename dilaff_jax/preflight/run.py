@@ -163,7 +163,8 @@ def run(
     chip, count = chips.of(slice_devices[0]), len(slice_devices)
     # pmap's program is shard_map's; there is no slice of which it could be compiled for.
     mode: Mode = "fsdp" if config.parallel.mode == "fsdp" else "shard_map"
-    devices = Devices(mode, compile_for=slice_devices, mesh=config.parallel.mesh.to_dict())
+    of_fsdp = {"mesh": dict(config.parallel.mesh), "min_size": config.parallel.min_size}
+    devices = Devices(mode, compile_for=slice_devices, **of_fsdp if mode == "fsdp" else {})
     programs = Programs(config, *classes_and_size(config, classes), devices)
     print(_heading(topology, chip, count), flush=True)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
+import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -35,6 +36,7 @@ KEYS: schema.Section = {
         "Of `fsdp`: `{'data': 2, 'fsdp': 8}`, how many copies of the state there are, each in how "
         "many pieces; all devices together. `{}`: one copy in pieces on all.",
     ),
+    "min_size": Key(4096, schema.COUNT, "Of `fsdp`: arrays of fewer numbers stay whole."),
     "devices": Key(0, schema.WHOLE, "Of each process; 0: all."),
     "coordinator": Key(
         "",
@@ -117,6 +119,7 @@ class Devices:
         compile_for: devices of a slice that is not there, to compile programs for it (not "pmap");
             they are then the devices of this run.
         mesh: of "fsdp": {"data": copies, "fsdp": pieces}; {} for one copy.
+        min_size: of "fsdp": arrays of fewer numbers stay whole.
 
     Raises:
         UserError: an unknown mode, more devices asked for than there are, or a mesh that is not of
@@ -129,6 +132,7 @@ class Devices:
         count: int = 0,
         compile_for: Sequence[jax.Device] | None = None,
         mesh: Mapping[str, int] | None = None,
+        min_size: int = 4096,
     ) -> None:
         if mode not in MODES:
             allowed = ", ".join(map(repr, MODES))
@@ -142,7 +146,7 @@ class Devices:
             raise UserError(
                 f"parallel.devices is {count}; this process has {len(local)} devices (0 for all)"
             )
-        self.mode = mode
+        self.mode, self._min_size = mode, min_size
         self.local = local[: count or None]
         every = [
             d
@@ -159,6 +163,18 @@ class Devices:
         if mode == "fsdp":
             self._mesh = sharding.mesh(every, mesh or {})
             self._rows = PartitionSpec(self._mesh.axis_names)
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "Devices":
+        """Those of `config.parallel`. Raises UserError as the constructor."""
+        mesh = dict(config.mesh)
+        return cls(config.mode, config.devices, mesh=mesh, min_size=config.min_size)
+
+    def table(self, params: Any) -> str | None:
+        """Which parameters are cut and which are whole; None where all are whole."""
+        if self.mode != "fsdp":
+            return None
+        return sharding.table(params, self._mesh.shape["fsdp"], self._min_size)
 
     @property
     def spread(self) -> int:
@@ -236,7 +252,7 @@ class Devices:
     def _placement(self, tree: Any, kind: str) -> Any:
         """How each array of a tree lies on the devices."""
         if kind == "state" and self.mode == "fsdp":
-            return sharding.of_state(tree, self._mesh)
+            return sharding.of_state(tree, self._mesh, self._min_size)
         spec = self._rows if kind == "sharded" else PartitionSpec()
         return jax.tree.map(lambda _: NamedSharding(self._mesh, spec), tree)
 

@@ -201,7 +201,7 @@ CONFIGS = cases(
     (
         "unknown mapping",
         {"parallel.mode": "jit"},
-        "config.parallel.mode is 'jit'; expected one of 'pmap', 'shard_map'",
+        "config.parallel.mode is 'jit'; expected one of 'pmap', 'shard_map', 'fsdp'",
     ),
     (
         "more devices than there are",
