@@ -233,3 +233,27 @@ def _parameters(config: ml_collections.ConfigDict) -> int:
     devices = run.Devices("shard_map")
     state = run.Programs(config, 5, (32, 32), devices)._state
     return sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def test_a_state_in_pieces_takes_less_of_each_device(tmp_path):
+    """Of four devices each holds a quarter of what is cut, and gathers what it computes with."""
+    config = tiny_config.get_config()
+    config.model.decoder = "upernet"
+    config.model.decoder_options = {"width": 32, "bins": (1,)}
+    config.optim.name = "adamw"
+    found = {}
+    for mode in ("shard_map", "fsdp"):
+        devices = run.Devices(mode, compile_for=jax.local_devices()[:4])
+        programs = run.Programs(config, 5, (32, 32), devices)
+        found[mode] = footprint.measure("training step", programs.train_step, 1, None)
+    state = programs._state
+    cut = sum(
+        4 * x.size
+        for tree in (state.params, state.opt_state, state.average["params"])
+        for x in jax.tree.leaves(tree)
+        if x.size >= 4096 and any(n % 4 == 0 for n in x.shape)
+    )
+    assert cut > 500_000
+    assert found["shard_map"].arguments - found["fsdp"].arguments == pytest.approx(3 * cut / 4)
+    assert "all-gather" in {c.kind for c in found["fsdp"].collectives}
+    assert "all-gather" not in {c.kind for c in found["shard_map"].collectives}
