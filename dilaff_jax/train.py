@@ -129,8 +129,6 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         lines = [f"resumed at step {begin} of {config.num_steps}", *changed]
         reporter.say("\n  changed: ".join(lines))
     reporter.say(reporting.parameter_table(state.params))
-    if pieces := devices.table(state.params):
-        reporter.say(pieces)
     program = _compile(run, state, reporter)
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)
 
@@ -282,6 +280,8 @@ def _compile(
 ) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
     """The training step on all devices, with this run's seed; says what it needs."""
     devices, crop = run.devices, run.config.data.crop_size
+    if pieces := devices.table(state.params):
+        reporter.say(pieces)
     seed = devices.replicate(seed_of(run.config))
     out = ("state", "replicated")
     mapped = devices.map(_with_token(run.train_step), out=out, donate=True, shared=1)

@@ -136,11 +136,10 @@ class Builder(builder.SegmentationBuilder):
         if "," not in given:
             coco = [*self.source.glob("*/_annotations.coco.json"), *self.source.glob("*.json")]
             coco += self.source.glob("annotations/*.json")
+            hint = f". If {coco[0]} is COCO's JSON: --dataset coco_json" if coco else ""
             raise DataError(
                 f"{file}: no class list; write one class a line in the order of the mask values "
-                "(line 1 is value 0), or give --classes NAME,NAME,..."
-                + f". If {coco[0]} is COCO's JSON: --dataset coco_json"
-                * bool(coco)
+                f"(line 1 is value 0), or give --classes NAME,NAME,...{hint}"
             )
         return read_classes(given.replace(",", "\n"))
 

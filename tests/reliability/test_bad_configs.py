@@ -157,7 +157,7 @@ CONFIGS = cases(
     (
         "unknown data set",
         {"data.dataset": "camvids"},
-        "no data set 'camvids'; available: camvid, cityscapes, image_folder, scene_parse150, "
+        "no data set 'camvids'; available: camvid, cityscapes, coco_json, image_folder, scene_parse150, "
         "shapes, voc2012_seg",
     ),
     (

@@ -303,7 +303,7 @@ def test_labels_that_cannot_be_used_are_refused(set_up, options, message, place)
         (
             "unknown data set",
             ("os",),
-            "no data set 'os'; available: camvid, cityscapes, image_folder, scene_parse150, shapes, "
+            "no data set 'os'; available: camvid, cityscapes, coco_json, image_folder, scene_parse150, shapes, "
             "voc2012_seg",
         ),
         (
