@@ -23,10 +23,9 @@ from dilaff_jax import losses, resize
 from dilaff_jax.configs import voc2012_deeplabv3_r50
 from dilaff_jax.models import geometry
 from dilaff_jax.models.gpu import conv as gpu_conv
-from dilaff_jax.preflight import chips
 from dilaff_jax.preflight.footprint import Footprint, measure
 from dilaff_jax.preflight.run import Programs
-from dilaff_jax.runtime import reporting
+from dilaff_jax.runtime import chips, reporting
 from dilaff_jax.runtime.parallel import Devices
 
 CLASSES, ROWS, SIZE = 21, 8, (513, 513)

@@ -24,7 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks import timing
 from dilaff_jax import affinity, propagate
 from dilaff_jax.kernels import bands
-from dilaff_jax.preflight import chips, hlo
+from dilaff_jax.preflight import hlo
+from dilaff_jax.runtime import chips
 
 STEPS = 4
 OFFSETS = affinity.offsets()

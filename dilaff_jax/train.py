@@ -20,7 +20,7 @@ from dilaff_jax.data.batch_iterator import DevicePrefetch
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import NotFiniteError, UserError
 from dilaff_jax.models import frozen, segmenter
-from dilaff_jax.runtime import files, locks, preemption, provenance, reporting
+from dilaff_jax.runtime import files, goodput, locks, preemption, provenance, reporting
 from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import AXIS, Devices
 from dilaff_jax.runtime.preemption import Preempted
@@ -105,15 +105,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
     changed = resume.check(config, workdir, run.train_source)
 
     # 1. The state: this workdir's newest checkpoint, or a fresh one.
-    host_batches = pipeline.train_batches(
-        config.data,
-        run.train_source,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    batches = DevicePrefetch(host_batches, devices.shard)
+    batches = DevicePrefetch(_host_batches(run), devices.shard)
     checkpoints = Checkpoints(workdir / "checkpoints", devices, keep_latest=config.keep_latest)
     begin, state = _first_state(run, checkpoints, batches)
     # Not before: a workdir of another model stays as it is.
@@ -123,13 +115,11 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         _note_start(workdir, begin, changed)
 
     # 2. The program, compiled before the first step, so that its needs are known.
-    evaluated = evaluate.read_results(workdir, begin) is not None
-    reporter = reporting.Reporter(workdir, config.num_steps, begin, evaluated=evaluated)
-    if begin:
-        lines = [f"resumed at step {begin} of {config.num_steps}", *changed]
-        reporter.say("\n  changed: ".join(lines))
-    reporter.say(reporting.parameter_table(state.params))
-    program = _compile(run, state, reporter)
+    reporter = _reporter(run, begin, changed)
+    file = workdir / goodput.FILE if jax.process_index() == 0 else None
+    clock = goodput.Clock(file, begin, entered)
+    with clock.within("compilation"):
+        program, flops = _compile(run, state, reporter)
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)
 
     # 3. The steps.
@@ -141,11 +131,15 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         preemption.stop_signal() as stop,
     ):
         if begin:
-            results, failure = _made_up(run, evaluation, state, begin, reporter, checkpoints)
+            with clock.within("evaluation"):
+                results, failure = _made_up(run, evaluation, state, begin, reporter, checkpoints)
+        clock.turn("steps")
         for at in _steps(run, evaluation, begin, reporter):
             last = at == config.num_steps
             _profile(config.profile_steps, at, workdir)
-            state, token = program(state, next(batches))
+            with clock.within("input"):
+                batch = next(batches)
+            state, token = program(state, batch)
             # One step waits on the device while one runs, no more: a signal, a fault or a bar that
             # is many dispatched steps ahead of the device tells nothing.
             jax.block_until_ready(running)
@@ -165,21 +159,48 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
                     raise NotFiniteError(message)
             if log:
                 reporter.scalars(at, _train_metrics(run, jax.device_get(state.window), at))
-            with reporter.paused():
-                if saves:  # first, so that an evaluation that ends the process costs no step
+            if saves:  # first, so that an evaluation that ends the process costs no step
+                with reporter.paused(), clock.within("checkpoints"):
                     evaluation.prepare(at)
                     reporter.sync()
                     checkpoints.save(at, state, batches)
-                if evaluates:
+            if evaluates:
+                with reporter.paused(), clock.within("evaluation"):
                     results, failure = _evaluate(evaluation, state, at, reporter, checkpoints)
+            if log or saves:
+                clock.note(at)
             if stopped and not last:
                 raise Preempted(
                     f"asked to stop: step {at} is saved in {workdir}; run again to go on"
                 )
+        said = clock.report(config.batch_size / devices.total, flops, devices.local[0])
+        reporter.say(said)
     if failure is not None:
         failure.add_note(f"every step is saved in {workdir}; --mode=eval evaluates the last")
         raise failure
     return results
+
+
+def _host_batches(run: _Run) -> Any:
+    """The training data of this process."""
+    return pipeline.train_batches(
+        run.config.data,
+        run.train_source,
+        batch_size=run.config.batch_size,
+        seed=run.config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _reporter(run: _Run, begin: int, changed: Sequence[str]) -> reporting.Reporter:
+    """Where numbers go; says where a run goes on, and with what changed."""
+    evaluated = evaluate.read_results(run.workdir, begin) is not None
+    steps = run.config.num_steps
+    reporter = reporting.Reporter(run.workdir, steps, begin, evaluated=evaluated)
+    if begin:
+        reporter.say("\n  changed: ".join([f"resumed at step {begin} of {steps}", *changed]))
+    return reporter
 
 
 def _steps(
@@ -277,9 +298,13 @@ def _first_state(run: _Run, checkpoints: Checkpoints, batches: DevicePrefetch) -
 
 def _compile(
     run: _Run, state: Any, reporter: reporting.Reporter
-) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
-    """The training step on all devices, with this run's seed; says what it needs."""
+) -> tuple[Callable[[Any, Any], tuple[Any, jax.Array]], float]:
+    """The training step on all devices, with this run's seed, and its FLOPs on each.
+
+    Says what the parameters are, and what it needs.
+    """
     devices, crop = run.devices, run.config.data.crop_size
+    reporter.say(reporting.parameter_table(state.params))
     if pieces := devices.table(state.params):
         reporter.say(pieces)
     seed = devices.replicate(seed_of(run.config))
@@ -298,7 +323,9 @@ def _compile(
     # What pmap compiles ahead of time takes global arrays; with several processes it is called
     # through itself, and finds the compiled program in the cache.
     program = compiled if jax.process_count() == 1 else mapped
-    return lambda state, batch: program(state, batch, seed)
+    counted: Any = compiled.cost_analysis() or {}
+    flops = counted.get("flops", 0.0) * run.config.optim.accumulate
+    return lambda state, batch: program(state, batch, seed), flops
 
 
 def lock_file(workdir: pathlib.Path) -> pathlib.Path:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dilaff_jax import affinity, propagate
 from dilaff_jax.kernels import backends, bands, gpu, tpu, xla
-from dilaff_jax.preflight import chips, hlo
+from dilaff_jax.preflight import hlo
+from dilaff_jax.runtime import chips
 
 # Interpreted once or twice each: optimising the program would take longer than running it.
 HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -6,8 +6,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dilaff_jax.preflight import chips, footprint, hlo, run
+from dilaff_jax.preflight import footprint, hlo, run
 from dilaff_jax.preflight.footprint import Footprint
+from dilaff_jax.runtime import chips
 from tests import tiny_config
 
 needs_libtpu = pytest.mark.skipif(

@@ -163,6 +163,23 @@ def test_a_run_that_dies_after_any_step_resumes_bit_identical(
     assert_bit_identical(unbroken[0], tmp_path)
 
 
+def test_a_run_says_where_its_time_went_however_often_it_was_started(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    with killed_after(monkeypatch, 5):  # the last checkpoint is of step 4
+        train.train_and_evaluate(make_config(data_dir), tmp_path)
+    capsys.readouterr()
+    train.train_and_evaluate(make_config(data_dir), tmp_path)
+    first, second = map(json.loads, (tmp_path / "goodput.jsonl").read_text().splitlines())
+    assert (first["begin"], second["begin"], second["step"]) == (0, first["step"], 6)
+    for start in (first, second):
+        assert start["seconds"]["compilation"] > 0
+        assert start["seconds"]["checkpoints"] > 0
+    said = capsys.readouterr()
+    assert re.search(r"time, \d+ s: .* % steps, .*0\.0 % lost to 1 restarts", said.out + said.err)
+    assert re.search(r"\d images/s a device", said.out + said.err)
+
+
 @pytest.mark.slow
 def test_two_processes_of_two_devices_are_one_of_four_and_one_device(
     unbroken, data_dir, cache, tmp_path

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dilaff_jax.errors import UserError
 from dilaff_jax.preflight import hlo
-from dilaff_jax.preflight.chips import GIB, Chip
 from dilaff_jax.runtime import reporting
+from dilaff_jax.runtime.chips import GIB, Chip
 
 # As XLA says it when temporaries alone, or the whole program, are too large.
 _SIZE = r"([\d.]+)([KMGT]?)"

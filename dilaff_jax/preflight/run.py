@@ -23,9 +23,9 @@ from dilaff_jax import objective, optim
 from dilaff_jax.data import datasets, pipeline
 from dilaff_jax.eval_step import EvalStep
 from dilaff_jax.models import segmenter
-from dilaff_jax.preflight import chips
-from dilaff_jax.preflight.chips import GIB, Chip
 from dilaff_jax.preflight.footprint import Footprint, available, measure, table
+from dilaff_jax.runtime import chips
+from dilaff_jax.runtime.chips import GIB, Chip
 from dilaff_jax.runtime.parallel import AXIS, Devices, Mode
 from dilaff_jax.step import TrainStep, seed_of
 

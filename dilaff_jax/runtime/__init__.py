@@ -8,4 +8,7 @@ locks.py        who works in a folder is alone
 preemption.py   requests to stop: what is done is saved first
 provenance.py   with what and where a number was made
 cost.py         parameters, FLOPs, memory and time of a program
+chips.py        what chips have: memory, FLOP/s, bandwidth; slices to compile for
+sharding.py     which pieces of a state lie where, in the mode "fsdp"
+goodput.py      where the time of a run goes
 """

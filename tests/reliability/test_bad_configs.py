@@ -7,8 +7,7 @@ import jax
 import pytest
 
 from dilaff_jax import train
-from dilaff_jax.preflight import chips
-from dilaff_jax.runtime import parallel
+from dilaff_jax.runtime import chips, parallel
 from dilaff_jax.serving import view_page
 from tests import data_files, tiny_config
 from tests.reliability.place import cases, refused
