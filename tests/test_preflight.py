@@ -258,3 +258,44 @@ def test_a_state_in_pieces_takes_less_of_each_device(tmp_path):
     assert found["shard_map"].arguments - found["fsdp"].arguments == pytest.approx(3 * cut / 4)
     assert "all-gather" in {c.kind for c in found["fsdp"].collectives}
     assert "all-gather" not in {c.kind for c in found["shard_map"].collectives}
+
+
+FUSED = """
+HloModule program
+
+%step.1 (p: f32[8,4]) -> f32[8,16] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %g.1 = f32[8,16]{1,0} all-gather(%p), channel_id=7, dimensions={1}
+}
+
+%step.2 (q: f32[8,4]) -> f32[8,16] {
+  %q = f32[8,4]{1,0} parameter(0)
+  ROOT %g.2 = f32[8,16]{1,0} all-gather(%q), channel_id=7, dimensions={1}
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,16] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[8,16]{1,0} fusion(%a), kind=kCustom, calls=%step.1
+  %c = f32[8,16]{1,0} fusion(%a), kind=kCustom, calls=%step.2
+  %d = f32[8,16]{1,0} all-gather(%a), channel_id=9, dimensions={1}
+  ROOT %e = f32[8,16]{1,0} add(%c, %d)
+}
+"""
+
+
+def test_a_collective_in_steps_beside_arithmetic_counts_once():
+    assert hlo.Program(FUSED).collectives() == [hlo.Collective("all-gather", 2, 2 * 8 * 16 * 4)]
+
+
+@needs_libtpu
+def test_pieces_are_gathered_and_nothing_of_a_cpu_is_in_the_program_for_a_tpu(tmp_path):
+    """Layers are chosen by the devices that the program is for, not by this machine's."""
+    config = tiny_config.get_config()
+    config.parallel.update({"mode": "fsdp", "min_size": 64})
+    config.data.data_dir = str(tmp_path / "none")
+    jax.config.update("jax_platforms", "cpu")
+    devices = run.Devices("fsdp", compile_for=chips.devices("v5e:2x2"), min_size=64)
+    program = run.Programs(config, 5, (32, 32), devices).train_step(1)
+    assert "materialize" not in program.as_text()
+    found = {c.kind: c for c in hlo.Program(program.compile().as_text()).collectives()}
+    assert found["all-gather"].bytes > _parameters(config)

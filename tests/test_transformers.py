@@ -162,7 +162,8 @@ def test_attention_in_parts_is_attention(queries, keys, monkeypatch):
         return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x))), (0, 1, 2))(q, k, v)
 
     expected = with_gradients(reference)
-    for limit in (transformer.SCORE_BYTES, 4 * 2 * 3 * keys * 13, 1):
+    for kept, limit in ((2**22, 2**26), (0, 2**26), (0, 4 * 2 * 3 * keys * 13), (0, 1)):
+        monkeypatch.setattr(transformer, "KEPT_BYTES", kept)
         monkeypatch.setattr(transformer, "SCORE_BYTES", limit)
         np.testing.assert_allclose(transformer.attend(q, k, v), reference(q, k, v), atol=2e-6)
         for a, b in zip(

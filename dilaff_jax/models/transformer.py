@@ -12,6 +12,8 @@ from dilaff_jax.models import dispatch, layers
 
 # Attention scores of more bytes than this are made and used in parts.
 SCORE_BYTES = 2**26
+# Those of fewer bytes than this are kept for the backward pass.
+KEPT_BYTES = 2**22
 
 _INIT = nn.initializers.truncated_normal(stddev=0.02)
 
@@ -93,8 +95,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """softmax(q·kᵀ/√d)·v of every head.
 
     On a GPU in bfloat16 by cuDNN's fused kernel, which never holds the scores. Elsewhere in parts
-    of the queries, so that the scores of one part take `SCORE_BYTES` at most, in the backward pass,
-    too, where they are computed again: memory grows with the image, not with its square.
+    of the queries, so that the scores of one part take `SCORE_BYTES` at most. Nor are more than
+    `KEPT_BYTES` kept for the backward pass, which computes them again: memory grows with the image,
+    not with its square.
 
     Args:
         query: `[B, N, heads, d]`.
@@ -109,9 +112,12 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     batch, length, heads, width = query.shape
     if not all(isinstance(n, int) for n in (batch, length, key.shape[1])):
         return _attend(query, key, value)  # an image of any size: its parts cannot be counted
-    parts = math.ceil(4 * batch * heads * length * key.shape[1] / SCORE_BYTES)
-    if parts <= 1:
+    scores = 4 * batch * heads * length * key.shape[1]
+    if scores <= KEPT_BYTES:
         return _attend(query, key, value)
+    parts = math.ceil(scores / SCORE_BYTES)
+    if parts <= 1:
+        return jax.checkpoint(_attend)(query, key, value)
     rows = -(-length // parts)
     parts = -(-length // rows)
     padded = jnp.pad(query, [(0, 0), (0, parts * rows - length), (0, 0), (0, 0)])

@@ -40,6 +40,7 @@ _COLLECTIVES = (
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TILE = re.compile(r"([\d,]*):T\(([\d,]+)\)")
 # Layouts name the memory: S(0), the default, is main memory (HBM); others are on chip or host.
@@ -90,12 +91,28 @@ class Program:
         """What devices exchange in one execution, most bytes first."""
         count: collections.Counter[str] = collections.Counter()
         size: collections.Counter[str] = collections.Counter()
+        seen: set[str] = set()
         for _, instruction, times in self._executed():
-            kind = instruction.kind.removesuffix("-start")
-            if kind in _COLLECTIVES:
-                count[kind] += times
-                size[kind] += times * _received(instruction)
+            found = [instruction]
+            if instruction.kind == "fusion":
+                found = self._fused_collectives(instruction, seen)
+            for collective in found:
+                kind = collective.kind.removesuffix("-start")
+                if kind in _COLLECTIVES:
+                    count[kind] += times
+                    size[kind] += times * _received(collective)
         return [Collective(kind, count[kind], n) for kind, n in size.most_common()]
+
+    def _fused_collectives(self, fusion: Instruction, seen: set[str]) -> list[Instruction]:
+        """Those that run beside arithmetic: a TPU cuts one into steps, in several fusions."""
+        found = []
+        for instruction in self._computations[_called("calls", fusion)[0]].values():
+            if instruction.kind in _COLLECTIVES:
+                channel = _CHANNEL.search(instruction.attributes)
+                if channel is None or channel[1] not in seen:
+                    found.append(instruction)
+                    seen.update(channel.groups() if channel else ())
+        return found
 
     def loops(self) -> list[int]:
         """How often each loop runs, longest first; 0 where the text does not say."""

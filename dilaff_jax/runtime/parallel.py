@@ -238,7 +238,9 @@ class Devices:
                 return program(state, rows, *shared)
 
             rows = jax.tree.map(lambda x: x[None], batch)
-            results = jax.vmap(alone, axis_name=AXIS)(rows)
+            # So that what is made for a kind of device knows for which: these may not be there.
+            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+                results = jax.vmap(alone, axis_name=AXIS)(rows)
             results = jax.tree.map(lambda x: x[0], results)
             if isinstance(out, str):
                 return jax.lax.with_sharding_constraint(results, self._placement(results, out))
