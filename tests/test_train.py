@@ -176,7 +176,7 @@ def test_a_run_says_where_its_time_went_however_often_it_was_started(
         assert start["seconds"]["compilation"] > 0
         assert start["seconds"]["checkpoints"] > 0
     said = capsys.readouterr()
-    assert re.search(r"time, \d+ s: .* % steps, .*0\.0 % lost to 1 restarts", said.out + said.err)
+    assert re.search(r"time, \d+ s: .* % steps, .*0\.0 % lost to 1 restart\b", said.out + said.err)
     assert re.search(r"\d images/s a device", said.out + said.err)
 
 

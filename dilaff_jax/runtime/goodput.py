@@ -114,7 +114,9 @@ def sentence(found: dict[str, Any]) -> str:
     shares["steps"] -= 100 * found["lost"] / total
     parts = [f"{shares[p]:.1f} % {_WORDS.get(p, p)}" for p in PARTS if p != "steps"]
     if found["starts"] > 1:
-        parts.append(f"{100 * found['lost'] / total:.1f} % lost to {found['starts'] - 1} restarts")
+        again = found["starts"] - 1
+        restarts = f"{again} restart{'s' if again > 1 else ''}"
+        parts.append(f"{100 * found['lost'] / total:.1f} % lost to {restarts}")
     return f"time, {total:.0f} s: {shares['steps']:.1f} % steps, {', '.join(parts)}"
 
 
