@@ -1,5 +1,6 @@
 """Settings and fixtures that every test shares."""
 
+import gc
 import os
 import pathlib
 
@@ -63,6 +64,23 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=rank)
+
+
+# Linux gives a process 65,530 mappings of memory; a compiled program takes some, a large one dozens.
+# Beyond them XLA ends the process, in the middle of reading or writing a program.
+MOST_MAPPINGS = 20_000
+_MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """After a test, what has been compiled is let go where a process holds much of it."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
