@@ -115,9 +115,9 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
         _note_start(workdir, begin, changed)
 
     # 2. The program, compiled before the first step, so that its needs are known.
-    reporter = _reporter(run, begin, changed)
     file = workdir / goodput.FILE if jax.process_index() == 0 else None
     clock = goodput.Clock(file, begin, entered)
+    reporter = _reporter(run, begin, changed, clock)
     with clock.within("compilation"):
         program, flops = _compile(run, state, reporter)
     evaluation = evaluate.Evaluation(config, run.model, devices, workdir, run.eval_source)
@@ -160,12 +160,12 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
             if log:
                 reporter.scalars(at, _train_metrics(run, jax.device_get(state.window), at))
             if saves:  # first, so that an evaluation that ends the process costs no step
-                with reporter.paused(), clock.within("checkpoints"):
+                with clock.within("checkpoints"):
                     evaluation.prepare(at)
                     reporter.sync()
                     checkpoints.save(at, state, batches)
             if evaluates:
-                with reporter.paused(), clock.within("evaluation"):
+                with clock.within("evaluation"):
                     results, failure = _evaluate(evaluation, state, at, reporter, checkpoints)
             if log or saves:
                 clock.note(at)
@@ -173,8 +173,8 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
                 raise Preempted(
                     f"asked to stop: step {at} is saved in {workdir}; run again to go on"
                 )
-        said = clock.report(config.batch_size / devices.total, flops, devices.local[0])
-        reporter.say(said)
+        images = config.batch_size / devices.total
+        reporter.say(clock.report(images, flops, devices.local[0]))
     if failure is not None:
         failure.add_note(f"every step is saved in {workdir}; --mode=eval evaluates the last")
         raise failure
@@ -193,11 +193,13 @@ def _host_batches(run: _Run) -> Any:
     )
 
 
-def _reporter(run: _Run, begin: int, changed: Sequence[str]) -> reporting.Reporter:
+def _reporter(
+    run: _Run, begin: int, changed: Sequence[str], clock: goodput.Clock
+) -> reporting.Reporter:
     """Where numbers go; says where a run goes on, and with what changed."""
     evaluated = evaluate.read_results(run.workdir, begin) is not None
     steps = run.config.num_steps
-    reporter = reporting.Reporter(run.workdir, steps, begin, evaluated=evaluated)
+    reporter = reporting.Reporter(run.workdir, steps, begin, clock, evaluated)
     if begin:
         reporter.say("\n  changed: ".join([f"resumed at step {begin} of {steps}", *changed]))
     return reporter

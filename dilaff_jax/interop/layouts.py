@@ -145,13 +145,13 @@ def _renamed(
     state: Mapping[str, np.ndarray], prefix: str, new_prefix: str, rules: Rules, others: Rules = ()
 ) -> State:
     """By `rules` what stands below the prefix, by `others` all else."""
-    result = {}
-    for name, value in state.items():
-        if name.startswith(prefix) and not (prefix == "" and _first(name, others) != name):
-            result[new_prefix + _first(name.removeprefix(prefix), rules)] = value
-        else:
-            result[_first(name, others)] = value
-    return result
+    below = rules if prefix else (*rules, *others)
+    return {
+        new_prefix + _first(name.removeprefix(prefix), below)
+        if name.startswith(prefix)
+        else _first(name, others): value
+        for name, value in state.items()
+    }
 
 
 def _first(name: str, rules: Rules) -> str:

@@ -71,8 +71,13 @@ def network_rows(name: str, size: tuple[int, int], batch: int, seed: int) -> lis
     variables = torch_layout.from_torch(ours, template, state)
     rows = [_parameter_row(name, variables, theirs), _round_trip_row(ours, variables, state)]
     for mode in ("eval", "train"):
-        exact = _run_torch(copy.deepcopy(theirs).double(), pixels.double(), labels, mode, named)
-        reference = _run_torch(theirs, pixels, labels, mode, named)
+        exact, reference = (
+            _renamed(_run_torch(model, inputs, labels, mode), named)
+            for model, inputs in (
+                (copy.deepcopy(theirs).double(), pixels.double()),
+                (theirs, pixels),
+            )
+        )
         with jax.default_matmul_precision("float32"):
             result = _run_jax(ours, variables, images, labels, mode)
         _check_complete(theirs, result, reference, named)
@@ -83,6 +88,15 @@ def network_rows(name: str, size: tuple[int, int], batch: int, seed: int) -> lis
 def _namer(name: str) -> Callable[[str], str]:
     """From names of modules in torch's memory to those in files."""
     return transformers_models.file_name if name in transformers_models.MODELS else str
+
+
+def _renamed(result: Result, named: Callable[[str], str]) -> Result:
+    """The same with names of files."""
+    return result._replace(
+        stages={named(k): v for k, v in result.stages.items()},
+        gradients={named(k): v for k, v in result.gradients.items()},
+        statistics={named(k): v for k, v in result.statistics.items()},
+    )
 
 
 def _check_complete(
@@ -186,7 +200,6 @@ def _run_torch(
     pixels: torch.Tensor,
     labels: np.ndarray,
     mode: str,
-    named: Callable[[str], str],
 ) -> Result:
     stages: dict[str, np.ndarray] = {}
 
@@ -198,8 +211,8 @@ def _run_torch(
 
         return hook
 
-    hooks = [m.register_forward_hook(record(named(n))) for n, m in model.named_modules() if n]
-    before = {named(k): v.numpy().copy() for k, v in model.named_buffers()}
+    hooks = [m.register_forward_hook(record(n)) for n, m in model.named_modules() if n]
+    before = {k: v.numpy().copy() for k, v in model.named_buffers()}
     model.train(mode == "train")
     model.zero_grad()
     out = model(pixels)
@@ -211,12 +224,12 @@ def _run_torch(
     loss.backward()
     for hook in hooks:
         hook.remove()
-    statistics = _flax_statistics(before, model, stages, named) if mode == "train" else {}
+    statistics = _flax_statistics(before, model, stages) if mode == "train" else {}
     return Result(
         stages,
         {k: _channels_last(v.detach().numpy()) for k, v in outputs.items()},
         loss.detach().numpy(),
-        {named(k): p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None},
+        {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None},
         statistics,
     )
 
@@ -225,13 +238,12 @@ def _flax_statistics(
     before: Mapping[str, np.ndarray],
     model: torch.nn.Module,
     stages: Mapping[str, np.ndarray],
-    named: Callable[[str], str],
 ) -> dict[str, np.ndarray]:
     """The running statistics after the step, as Flax keeps them.
 
     torch adds 0.1·(unbiased variance), n/(n-1) times what Flax adds.
     """
-    after = {named(k): v.numpy().copy() for k, v in model.named_buffers() if "running" in k}
+    after = {k: v.numpy().copy() for k, v in model.named_buffers() if "running" in k}
     for name in [k for k in after if k.endswith("running_var")]:
         values = stages[name.removesuffix(".running_var")]
         n = values.size / values.shape[-1]

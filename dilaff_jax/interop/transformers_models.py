@@ -17,26 +17,19 @@ from dilaff_jax.interop import torchvision_import
 from dilaff_jax.models import segmenter
 
 NUM_CLASSES = 21
-# Of each our encoder, decoder and its width.
-MODELS = {
-    **{
-        f"segformer_b{i}": (f"mit_b{i}", "segformer", {"width": 256 if i < 2 else 768})
-        for i in range(6)
-    },
-    **{
-        f"convnext_{size}": (f"convnext_{size}", "upernet", {"width": 64})
-        for size in ("tiny", "small", "base", "large")
-    },
-    **{f"dinov2_vit{s}14": (f"dinov2_vit{s}14", "linear", {"levels": 4}) for s in ("s", "b", "l")},
-    **{
-        f"dinov2_vit{s}14_reg": (f"dinov2_vit{s}14_reg", "linear", {"levels": 4})
-        for s in ("s", "b", "l")
-    },
-    **{
-        f"dinov3_vit{s}": (f"dinov3_vit{s}", "linear", {"levels": 4})
-        for s in ("s16", "s16plus", "b16", "l16")
-    },
+# Of each family our decoder.
+_DECODERS = {
+    "segformer": "segformer",
+    "convnext": "upernet",
+    "dinov2": "linear",
+    "dinov3": "linear",
 }
+MODELS = (
+    *(f"segformer_b{i}" for i in range(6)),
+    *(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+    *(f"dinov2_vit{size}14{registers}" for registers in ("", "_reg") for size in "sbl"),
+    *(f"dinov3_vit{size}" for size in ("s16", "s16plus", "b16", "l16")),
+)
 # From the names of modules in transformers 5 to those in its files, and in transformers 4.
 _RENAMED = (
     (r"\bsegformer\.stages\.(\d)\.patch_embeddings\b", r"segformer.encoder.patch_embeddings.\1"),
@@ -48,14 +41,12 @@ _RENAMED = (
     (r"\bsequence_reduction\.layer_norm\b", "self.layer_norm"),
     (r"(block\.\d\.\d+\.mlp)\.fc(\d)\b", r"\1.dense\2"),
     (r"\blinear_projections\b", "linear_c"),
-    (r"(block\.\d\.\d+\.attention)\.q_proj\b", r"\1.self.query"),
-    (r"(block\.\d\.\d+\.attention)\.k_proj\b", r"\1.self.key"),
-    (r"(block\.\d\.\d+\.attention)\.v_proj\b", r"\1.self.value"),
-    (r"(block\.\d\.\d+\.attention)\.o_proj\b", r"\1.output.dense"),
-    (r"(encoder\.layer\.\d+\.attention)\.q_proj\b", r"\1.attention.query"),
-    (r"(encoder\.layer\.\d+\.attention)\.k_proj\b", r"\1.attention.key"),
-    (r"(encoder\.layer\.\d+\.attention)\.v_proj\b", r"\1.attention.value"),
-    (r"(encoder\.layer\.\d+\.attention)\.o_proj\b", r"\1.output.dense"),
+    *(
+        (rf"({block}\.attention)\.{short}_proj\b", rf"\1.{attention}.{long}")
+        for block, attention in ((r"block\.\d\.\d+", "self"), (r"encoder\.layer\.\d+", "attention"))
+        for short, long in (("q", "query"), ("k", "key"), ("v", "value"))
+    ),
+    (r"((?:block\.\d|encoder\.layer)\.\d+\.attention)\.o_proj\b", r"\1.output.dense"),
     (r"\bmodel\.layer\.(\d+)", r"layer.\1"),
 )
 
@@ -69,19 +60,20 @@ def file_name(name: str) -> str:
 
 def pair(name: str) -> tuple[Any, torch.nn.Module]:
     """Returns the Flax module and the torch module, without dropout in either."""
-    encoder, decoder, options = MODELS[name]
     family = name.split("_")[0]
     config: dict[str, Any] = {
-        "encoder": encoder,
-        "output_stride": 16 if decoder == "linear" else 32,
-        "decoder": decoder,
-        "decoder_options": options | ({} if decoder == "linear" else {"dropout": 0.0}),
+        "encoder": name.replace("segformer", "mit"),
+        "output_stride": 16 if family.startswith("dino") else 32,
+        "decoder": _DECODERS[family],
     }
+    options: dict[str, Any] = {"levels": 4}
     if family == "segformer":
+        options = {"width": 256 if name[-1] in "01" else 768, "dropout": 0.0}
         config["encoder_options"] = {"epsilon": 1e-5}  # Hugging Face's, see `MiT`
-    ours: Any = segmenter.build(config, NUM_CLASSES)
-    if family == "convnext":
-        ours = segmenter.build(config | {"aux": True, "aux_options": {"dropout": 0.0}}, NUM_CLASSES)
+    elif family == "convnext":
+        options = {"width": 64, "dropout": 0.0}
+        config |= {"aux": True, "aux_options": {"dropout": 0.0}}
+    ours: Any = segmenter.build(config | {"decoder_options": options}, NUM_CLASSES)
     make = {"segformer": _segformer, "convnext": _upernet, "dinov2": _dinov2, "dinov3": _dinov3}
     theirs = make[family](ours, options)
     theirs.train(False)

@@ -23,7 +23,12 @@ _ALLOWED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
         "a tuple of names",
         lambda v: isinstance(v, tuple) and all(isinstance(x, str) for x in v),
     ),
+    # RGB; `int | float` says that there may be any number of them.
     tuple[float, ...]: (
+        "three numbers",
+        lambda v: isinstance(v, tuple) and len(v) == 3,
+    ),
+    tuple[int | float, ...]: (
         "numbers",
         lambda v: isinstance(v, tuple) and all(schema.is_number(x) for x in v),
     ),

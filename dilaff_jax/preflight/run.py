@@ -26,7 +26,7 @@ from dilaff_jax.models import segmenter
 from dilaff_jax.preflight.footprint import Footprint, available, measure, table
 from dilaff_jax.runtime import chips
 from dilaff_jax.runtime.chips import GIB, Chip
-from dilaff_jax.runtime.parallel import AXIS, Devices, Mode
+from dilaff_jax.runtime.parallel import AXIS, Devices
 from dilaff_jax.step import TrainStep, seed_of
 
 # The search for the largest batch ends when it is known to this share.
@@ -161,10 +161,7 @@ def run(
         jax.config.update("jax_platforms", "cpu")
     slice_devices = chips.devices(topology)
     chip, count = chips.of(slice_devices[0]), len(slice_devices)
-    # pmap's program is shard_map's; there is no slice of which it could be compiled for.
-    mode: Mode = "fsdp" if config.parallel.mode == "fsdp" else "shard_map"
-    of_fsdp = {"mesh": dict(config.parallel.mesh), "min_size": config.parallel.min_size}
-    devices = Devices(mode, compile_for=slice_devices, **of_fsdp if mode == "fsdp" else {})
+    devices = Devices.of(config.parallel, slice_devices)
     programs = Programs(config, *classes_and_size(config, classes), devices)
     print(_heading(topology, chip, count), flush=True)
 

@@ -53,6 +53,11 @@ class Clock:
         finally:
             self.turn(before)
 
+    def worked(self) -> float:
+        """Seconds in steps and in waiting for their input so far."""
+        self.turn(self._part)
+        return self.seconds["steps"] + self.seconds["input"]
+
     def note(self, step: int) -> None:
         """Writes what there is so far; `step` is the last one taken."""
         self.turn(self._part)
@@ -68,8 +73,7 @@ class Clock:
             flops: of a step, on each device; recomputation included, bodies of loops once.
             device: of which the peak is known, or not.
         """
-        self.turn(self._part)
-        seconds = self.seconds["steps"] + self.seconds["input"]
+        seconds = self.worked()
         lines = [] if self._file is None else [sentence(summary(self._lines()))]
         steps = self._step - self._begin
         if steps > 0:

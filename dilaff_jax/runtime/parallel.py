@@ -165,10 +165,17 @@ class Devices:
             self._rows = PartitionSpec(self._mesh.axis_names)
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict) -> "Devices":
-        """Those of `config.parallel`. Raises UserError as the constructor."""
-        mesh = dict(config.mesh)
-        return cls(config.mode, config.devices, mesh=mesh, min_size=config.min_size)
+    def of(
+        cls, config: ml_collections.ConfigDict, compile_for: Sequence[jax.Device] | None = None
+    ) -> "Devices":
+        """Those of `config.parallel`, or those to compile for. Raises UserError as the constructor.
+
+        pmap's program is shard_map's, of which it is compiled for devices that are not there.
+        """
+        mode, count = config.mode, config.devices
+        if compile_for is not None:
+            mode, count = ("shard_map" if mode == "pmap" else mode), 0
+        return cls(mode, count, compile_for, dict(config.mesh), config.min_size)
 
     def table(self, params: Any) -> str | None:
         """Which parameters are cut and which are whole; None where all are whole."""

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import pathlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import rich.table
 from clu import parameter_overview
 from tqdm import tqdm
 
-from dilaff_jax.runtime import files
+from dilaff_jax.runtime import files, goodput
 
 
 class Reporter:
@@ -30,15 +29,21 @@ class Reporter:
         num_steps: of the whole run, for the progress bar.
         step: at which the run goes on; later lines of metrics.jsonl are dropped, they will be
             written again.
+        clock: of this start of the run.
         evaluated: whether the evaluation of that step, if it has one, came to its end; else what it
             left is dropped, too.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, num_steps: int, step: int, evaluated: bool = True
+        self,
+        workdir: pathlib.Path,
+        num_steps: int,
+        step: int,
+        clock: goodput.Clock,
+        evaluated: bool = True,
     ) -> None:
         self._active = jax.process_index() == 0
-        self._seconds, self._rows, self._start = 0.0, 0, time.perf_counter()
+        self._clock, self._rows, self._worked = clock, 0, 0.0
         if not self._active:
             return
         self._path = workdir / "metrics.jsonl"
@@ -70,20 +75,13 @@ class Reporter:
             self._bar.set_postfix(shown | {"images/s": f"{self.throughput(step):.1f}"})
 
     def throughput(self, step: int) -> float:
-        """Images a second since the last call, evaluation and saving excluded; to TensorBoard."""
-        seconds = time.perf_counter() - self._start - self._seconds
-        rate = self._rows / max(seconds, 1e-9)
-        self._seconds, self._rows, self._start = 0.0, 0, time.perf_counter()
+        """Images a second of steps and input since the last call; to TensorBoard."""
+        worked = self._clock.worked()
+        rate = self._rows / max(worked - self._worked, 1e-9)
+        self._rows, self._worked = 0, worked
         if self._active:
             self._board.add_scalar("time/images_per_second", rate, step)
         return rate
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves what is done inside out of the throughput."""
-        start = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - start
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Adds RGB uint8 pictures `[H, W, 3]` to TensorBoard."""

@@ -32,7 +32,7 @@ class UPerNet(nn.Module):
     style: layers.Style = layers.Style()
     width: int = 512
     bins: tuple[int, ...] = (1, 2, 3, 6)
-    scales: tuple[float, ...] | None = None
+    scales: tuple[int | float, ...] | None = None
     dropout: float = 0.1
 
     @nn.compact
