@@ -251,16 +251,44 @@ def test_stochastic_depth_is_of_training_alone(name):
     assert not np.allclose(run(True, 0), run(True, 3))
 
 
-def test_on_a_gpu_attention_in_bfloat16_is_cudnns(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda *x, implementation: asked.append(implementation) or x[0],
-    )
+def test_on_a_gpu_attention_in_bfloat16_is_cudnns_where_scores_are_large(monkeypatch):
+    plain, fused = jax.nn.dot_product_attention, []
+
+    def stand_in(*x, implementation, **options):
+        fused.append(
+            (dispatch.target(), x[0].shape[1], x[0].dtype.name) * (implementation != "xla")
+        )
+        return plain(*x, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     for platform in ("gpu", "tpu", "cpu", "any"):
         for dtype in (jnp.bfloat16, jnp.float32):
-            x = jnp.zeros((2, 64, 3, 64), dtype)
-            with dispatch.made_for(platform):
-                transformer.attend(x, x, x)
-    assert asked == ["cudnn"] + ["xla"] * 7
+            for length in (64, 2048):
+                x = jax.ShapeDtypeStruct((1, length, 3, 8), dtype)
+                with dispatch.made_for(platform):
+                    jax.eval_shape(lambda x: transformer.attend(x, x, x), x)
+    assert set(fused) == {(), ("gpu", 2048, "bfloat16")}
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(12, 6), (13, 6), (12, 7), (13, 7)])
+def test_cudnn_gets_even_numbers_of_tokens_and_does_not_see_the_added_one(
+    monkeypatch, queries, keys
+):
+    plain, seen = jax.nn.dot_product_attention, []
+
+    def stand_in(query, key, value, implementation, **options):
+        seen.append((query.shape[1] % 2, key.shape[1] % 2, value.shape[1] % 2))
+        return plain(query, key, value, implementation="xla", **options)
+
+    q, k, v = noise(2, queries, 3, 8), noise(2, keys, 3, 8), noise(2, keys, 3, 8)
+
+    def with_gradients(attend):
+        return jax.value_and_grad(lambda *x: jnp.sum(attend(*x) ** 2), (0, 1, 2))(q, k, v)
+
+    expected = with_gradients(transformer._attend)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    found = with_gradients(transformer._fused)
+    assert set(seen) == {(0, 0, 0)}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+    )

@@ -1,33 +1,28 @@
 """Propagation on a GPU: one launch a step, in which a program makes all classes of its pixels.
 
-What bounds a step of a large map is not the memory but the caches: a pixel reads K neighbours in
-every class, and XLA its K weights as often. Here a thread loads the weights of its two pixels once,
-into registers, and then goes through the classes. Maps and weights lie as planes, so that the 32
-threads of a warp, pixels of one row, read 128 bytes in a piece.
+What bounds a step is not the memory but the cache: a pixel reads K neighbours in every class, and a
+row of them that does not begin where a line of the cache begins costs two reads. So a program
+copies its tile, with a border as wide as the neighbours are far, into shared memory, which is read
+anywhere at full speed; the copy engine brings the next classes while one is summed. A thread keeps
+the weights of its pixels in registers over all classes, and where its pixels share a neighbour,
+four rows apart, it reads that once. In Pallas for Mosaic, for Hopper and later chips.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
-from dilaff_jax.kernels import backends
+from dilaff_jax.kernels import backends, gpu_step
 from dilaff_jax.kernels.xla import gate
 from dilaff_jax.numerics import log_probs
 
-# Pixels of a program, rows by columns, and its warps of 32 threads: two pixels a thread, so
-# that more of its loads are under way at a time.
-_TILE = (16, 32)
-_WARPS = 8
-# Less than any logit, and its exponential is 0.
-_NOTHING = -1e30
-# More weights than this do not fit into the registers of a thread, of which there are 255.
-_MOST_WEIGHTS = 104
+# A loop of at most so many steps is written out, which saves what a loop costs.
+_UNROLLED = 8
 
 
 def signed(
@@ -54,14 +49,13 @@ def signed(
     Returns:
         float32 `[B, *spatial, C]`.
     """
-
-    def weigh(logits: list[jax.Array], options: Any) -> list[jax.Array]:
-        strength, bias = options
-        return [strength[0] * (x - bias[k]) for k, x in enumerate(logits)]
-
-    rule = _Rule(weigh, is_softmax=True)
-    unary = log_probs(probs.astype(jnp.float32))
-    return _run(rule, probs, affinity_logits, unary, (strength, bias), offsets, steps, interpret)
+    rule = gpu_step.Rule(
+        prepare=lambda logits: jnp.asarray(strength * (logits - bias)),
+        added=log_probs,
+        weigh=lambda votes: votes,
+        is_softmax=True,
+    )
+    return _run(rule, probs, affinity_logits, (), offsets, steps, interpret)
 
 
 def random_walk(
@@ -87,188 +81,121 @@ def random_walk(
         float32 `[B, *spatial, C]`.
     """
     sharpness, threshold, self_weight, restart = options
-    if sharpness is not None or threshold is not None:
-        affinity = gate(affinity.astype(jnp.float32), sharpness, threshold)
-    start = None if restart is None else jnp.asarray(restart) * probs.astype(jnp.float32)
 
-    def weigh(shares: list[jax.Array], options: Any) -> list[jax.Array]:
-        self_weight, keep = options
-        total = functools.reduce(jnp.add, shares, self_weight[0])
+    def weigh(shares: list[jax.Array], numbers: Any) -> list[jax.Array]:
+        self_weight, keep = numbers[0], numbers[1]
+        total = functools.reduce(jnp.add, shares) + self_weight
         alone = total == 0
         total = jnp.where(alone, 1.0, total)
-        own = jnp.where(alone, 1.0, self_weight[0] / total)
-        scale = keep[0] / total
-        return [*(x * scale for x in shares), keep[0] * own]
+        scale = keep / total
+        own = jnp.where(alone, keep, self_weight * scale)
+        return [*(x * scale for x in shares), own]
 
-    rule = _Rule(weigh, is_softmax=False)
+    rule = gpu_step.Rule(
+        prepare=lambda x: (
+            x if sharpness is None and threshold is None else gate(x, sharpness, threshold)
+        ),
+        added=None if restart is None else lambda p: jnp.asarray(restart * p),
+        weigh=weigh,
+        is_softmax=False,
+    )
     keep = 1 if restart is None else 1 - restart
-    return _run(rule, probs, affinity, start, (self_weight, keep), offsets, steps, interpret)
+    return _run(rule, probs, affinity, (self_weight, keep), offsets, steps, interpret)
 
 
-def obstacle(probs: Any, guide: Any, scalars: Any) -> str | None:
+def obstacle(probs: Any, guide: Any, scalars: Any, offsets: Any) -> str | None:
     """Why the kernel does not take these maps, in words; None where it does.
 
-    It takes maps of one to three dimensions and of fixed shape, with scalar options. Within a
-    `shard_map` it needs check_vma=False. (Kernels cannot be partitioned automatically: where `jit`
-    distributes arrays over GPUs by their sharding, use a `shard_map`, or "xla".)
+    It takes maps of one or two dimensions and of fixed shape, with scalar options, on chips with a
+    copy engine (compute capability 9.0). Within a `shard_map` it needs check_vma=False. (Kernels
+    cannot be partitioned automatically: where `jit` distributes arrays over GPUs by their sharding,
+    use a `shard_map`, or "xla".)
 
     Args:
         probs: `[B, *spatial, C]`.
         guide: affinities or their logits, `[B, *spatial, K]`.
         scalars: a tree of the options that the kernel wants to be scalars.
+        offsets: K tuples.
     """
     shared = backends.obstacle(probs, guide, scalars)
     if shared:
         return shared
-    if guide.shape[-1] > _MOST_WEIGHTS:
-        return f"{guide.shape[-1]} weights a pixel are more than {_MOST_WEIGHTS} registers hold"
-    if max(probs.size, guide.size) >= 2**31:
-        return f"the shapes {probs.shape} and {guide.shape} are beyond indices of 32 bits"
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """What tells one operator from another.
-
-    weigh(guides, options): K maps of a tile to the K weights, and perhaps the pixel's own.
-    """
-
-    weigh: Any
-    is_softmax: bool
+    if probs.ndim > 4:
+        return f"maps have {probs.ndim - 2} spatial dimensions, not one or two"
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is not None and float(capability) < 9:
+        return f"the GPU has compute capability {capability}, and the kernel needs 9.0"
+    tile = gpu_step.Tile.of(offsets)
+    return tile if isinstance(tile, str) else None
 
 
 def _run(
-    rule: _Rule,
+    rule: gpu_step.Rule,
     probs: jax.Array,
     guide: jax.Array,
-    added: jax.Array | None,
     options: tuple[ArrayLike, ...],
     offsets: tuple[tuple[int, ...], ...],
     steps: int,
     interpret: bool,
 ) -> jax.Array:
     """Lays out the arrays, makes the steps, and lays out the result."""
-    missing = 3 - (probs.ndim - 2)
-    offsets = tuple((0,) * missing + o for o in offsets)
+    batch, *spatial, classes = probs.shape
+    offsets, tile = gpu_step.in_the_plane(offsets), gpu_step.Tile.of(offsets)
+    assert isinstance(tile, gpu_step.Tile)
+    height, width = (1, *spatial)[-2:]
+    tiles = [-(-n // size) for n, size in zip((height, width), tile.size, strict=True)]
+    frame = [border * size for border, size in zip(tile.border, tile.size, strict=True)]
+
+    def padded(x: jax.Array, frame: Any = (0, 0)) -> jax.Array:
+        """`[B, *spatial, C]` as `[B, rows, columns, C]` of whole tiles, within a frame of zeros."""
+        x = x.astype(jnp.float32).reshape(batch, height, width, x.shape[-1])
+        pads = [
+            (around, count * size - n + around)
+            for around, count, size, n in zip(frame, tiles, tile.size, (height, width), strict=True)
+        ]
+        # First of all, as XLA then lays out an array in one pass over it.
+        return jnp.pad(x, [(0, 0), *pads, (0, 0)])
 
     def planes(x: jax.Array) -> jax.Array:
-        """`[B, *spatial, C]` as `[B, C, D, H, W]`; bfloat16 stays as it is read."""
-        x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
-        return jnp.moveaxis(x.reshape(x.shape[0], *(1,) * missing, *x.shape[1:]), -1, 1)
+        return jnp.moveaxis(x, -1, 1)
 
-    weights, maps = planes(guide), planes(probs.astype(jnp.float32))
-    fixed = [] if added is None else [planes(added)]
-    numbers = [jnp.asarray(x, jnp.float32).reshape(-1) for x in options]
-    depth, height, width = maps.shape[2:]
-    rows, columns = _TILE
-    tiles = depth * pl.cdiv(height, rows) * pl.cdiv(width, columns)
-    whole = pl.BlockSpec()
-    call = pl.pallas_call(
-        functools.partial(_kernel, rule=rule, offsets=offsets, interpret=interpret),
-        grid=(tiles, maps.shape[0]),
-        in_specs=[[whole] * len(numbers), whole, whole, [whole] * len(fixed)],
-        out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct(maps.shape, jnp.float32),
-        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
-        interpret=interpret,
-        name="propagation_step",
+    def is_inside(axis: int, size: int) -> jax.Array:
+        """Where the neighbours are, on one axis of whole tiles: `[n, K]`."""
+        at = jnp.arange(tiles[axis] * tile.size[axis])[:, None] + np.array(offsets)[:, axis]
+        return (at >= 0) & (at < size)
+
+    # Neighbours outside the map weigh nothing, whatever a step leaves there.
+    where = is_inside(0, height)[:, None] & is_inside(1, width)
+    weights = jnp.where(where, rule.prepare(padded(guide)), 0)
+    weights, maps = planes(weights), planes(padded(probs, frame))
+    fixed = [] if rule.added is None else [planes(rule.added(padded(probs)))]
+    numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in options])] if options else []
+    given = (len(numbers), len(fixed))
+    call = plgpu.kernel(
+        lambda *refs: gpu_step.Program(refs, given, tile, rule, offsets, interpret).run(),
+        out_type=jax.ShapeDtypeStruct(maps.shape, jnp.float32),
+        scratch_types=gpu_step.scratch(tile, rule, classes),
+        grid=(batch, *(n + 2 * border for n, border in zip(tiles, tile.border, strict=True))),
+        grid_names=("image", "row", "column"),
+        # Barriers are where they are needed.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        interpret=_interpreter() if interpret else None,
+        kernel_name="propagation_step",
     )
 
     def step(maps: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return call(numbers, weights, maps, fixed), None
+        return call(weights, maps, *numbers, *fixed), None
 
-    # In pairs, so that a map takes turns with another and none is copied.
-    maps = jax.lax.scan(step, maps, length=steps, unroll=2)[0]
-    return jnp.moveaxis(maps, 1, -1).reshape(probs.shape)
-
-
-def _kernel(
-    options: Any,
-    guide: Any,
-    maps: Any,
-    added: Any,
-    out: Any,
-    *,
-    rule: _Rule,
-    offsets: tuple[tuple[int, ...], ...],
-    interpret: bool,
-) -> None:
-    """One tile: its weights, then the classes."""
-    classes, pixels = maps.shape[1], _Pixels(maps.shape[2:])
-    guides = [pixels.load(guide, k, offset) for k, offset in enumerate(offsets)]
-    weights = rule.weigh(guides, options)
-
-    def total(c: jax.Array) -> jax.Array:
-        result = jnp.zeros(_TILE, jnp.float32)
-        if added:
-            result = pixels.load(added[0], c)
-        if len(weights) > len(offsets):
-            result += weights[-1] * pixels.load(maps, c)
-        for weight, offset in zip(weights, offsets, strict=False):
-            result += weight * pixels.load(maps, c, offset, at=offset)
-        return result
-
-    if not rule.is_softmax:
-        _for(classes, lambda c, _: pixels.store(out, c, total(c)), None)
-        return
-
-    def score(c: jax.Array, seen: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Leaves the logits in the result, and keeps their maximum and the sum of exponentials."""
-        most, sum_ = seen
-        logits = total(c)
-        pixels.store(out, c, logits)
-        more = jnp.maximum(most, logits)
-        return more, sum_ * jnp.exp(most - more) + jnp.exp(logits - more)
-
-    least = jnp.full(_TILE, _NOTHING, jnp.float32)
-    most, sum_ = _for(classes, score, (least, jnp.zeros_like(least)))
-    if not interpret:
-        triton.debug_barrier()  # what is read next was written above, perhaps by another thread
-    _for(
-        classes,
-        lambda c, _: pixels.store(out, c, jnp.exp(pixels.load(out, c) - most) / sum_),
-        None,
-    )
+    maps = jax.lax.scan(step, maps, length=steps, unroll=min(max(steps, 1), _UNROLLED))[0]
+    maps = maps[:, :, frame[0] : frame[0] + height, frame[1] : frame[1] + width]
+    return jnp.moveaxis(maps, 1, -1).reshape(batch, *spatial, classes)
 
 
-class _Pixels:
-    """The pixels of this program, `[rows, columns]`.
+def _interpreter() -> Any:
+    if hasattr(plgpu, "InterpretGPUParams"):  # since JAX 0.11
+        return plgpu.InterpretGPUParams()
+    from jax._src.pallas.mosaic_gpu.interpret import params
 
-    Args:
-        spatial: (D, H, W) of the map.
-    """
-
-    def __init__(self, spatial: tuple[int, int, int]) -> None:
-        self._spatial, (_, height, width) = spatial, spatial
-        rows, columns = _TILE
-        across, down = pl.cdiv(width, columns), pl.cdiv(height, rows)
-        tile, self._image = pl.program_id(0), pl.program_id(1)
-        y = tile // across % down * rows + jax.lax.broadcasted_iota(jnp.int32, _TILE, 0)
-        x = tile % across * columns + jax.lax.broadcasted_iota(jnp.int32, _TILE, 1)
-        self._place = (tile // (across * down), y, x)
-        self._here = (y < height) & (x < width)
-
-    def load(
-        self,
-        ref: Any,
-        channel: Any,
-        sees: tuple[int, ...] = (0, 0, 0),
-        at: tuple[int, ...] = (0, 0, 0),
-    ) -> jax.Array:
-        """A channel of every pixel, moved by `at`; 0 where the pixel moved by `sees` is outside."""
-        mask = self._here
-        for place, offset, size in zip(self._place, sees, self._spatial, strict=True):
-            if offset:
-                mask &= (place + offset >= 0) & (place + offset < size)
-        moved = [place + offset for place, offset in zip(self._place, at, strict=True)]
-        source = ref.at[self._image, channel, *moved]
-        return triton.load(source, mask=mask, other=0.0).astype(jnp.float32)
-
-    def store(self, ref: Any, channel: Any, value: jax.Array) -> None:
-        """Writes a channel of every pixel."""
-        triton.store(ref.at[self._image, channel, *self._place], value, mask=self._here)
-
-
-def _for(stop: int, body: Any, init: Any) -> Any:
-    return jax.lax.fori_loop(0, stop, body, init)
+    return params.InterpretGPUParams()

@@ -14,6 +14,9 @@ from dilaff_jax.models import dispatch, layers
 SCORE_BYTES = 2**26
 # Those of fewer bytes than this are kept for the backward pass.
 KEPT_BYTES = 2**22
+# On a GPU, scores of fewer bytes stay in its cache, and the fused kernel is the slower one: on an
+# H200 three times so at 17 MB (the few keys of a SegFormer), and three times as fast at 90 MB.
+CACHED_BYTES = 2**25
 
 _INIT = nn.initializers.truncated_normal(stddev=0.02)
 
@@ -94,10 +97,10 @@ def drop_rates(highest: float, blocks: int) -> list[float]:
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """softmax(q·kᵀ/√d)·v of every head.
 
-    On a GPU in bfloat16 by cuDNN's fused kernel, which never holds the scores. Elsewhere in parts
-    of the queries, so that the scores of one part take `SCORE_BYTES` at most. Nor are more than
-    `KEPT_BYTES` kept for the backward pass, which computes them again: memory grows with the image,
-    not with its square.
+    On a GPU in bfloat16 by cuDNN's fused kernel, which never holds the scores, where they are more
+    than `CACHED_BYTES`. Elsewhere in parts of the queries, so that the scores of one part take
+    `SCORE_BYTES` at most. Nor are more than `KEPT_BYTES` kept for the backward pass, which computes
+    them again: memory grows with the image, not with its square.
 
     Args:
         query: `[B, N, heads, d]`.
@@ -107,12 +110,12 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     Returns:
         `[B, N, heads, d]`.
     """
-    if dispatch.target() == "gpu" and query.dtype == jnp.bfloat16:
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     batch, length, heads, width = query.shape
     if not all(isinstance(n, int) for n in (batch, length, key.shape[1])):
         return _attend(query, key, value)  # an image of any size: its parts cannot be counted
     scores = 4 * batch * heads * length * key.shape[1]
+    if dispatch.target() == "gpu" and query.dtype == jnp.bfloat16 and scores > CACHED_BYTES:
+        return _fused(query, key, value)
     if scores <= KEPT_BYTES:
         return _attend(query, key, value)
     parts = math.ceil(scores / SCORE_BYTES)
@@ -124,6 +127,19 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     split = jnp.moveaxis(padded.reshape(batch, parts, rows, heads, width), 1, 0)
     result = jax.lax.map(jax.checkpoint(lambda q: _attend(q, key, value)), split)
     return jnp.moveaxis(result, 0, 1).reshape(batch, parts * rows, heads, width)[:, :length]
+
+
+def _fused(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """By cuDNN, whose backward pass takes an even number of queries and of keys."""
+    length, keys = query.shape[1], key.shape[1]
+    query, key, value = (
+        jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (query, key, value)
+    )
+    seen = jnp.full(query.shape[:1], keys, jnp.int32) if keys % 2 else None
+    fused = jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=seen, implementation="cudnn"
+    )
+    return fused[:, :length]
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
