@@ -38,7 +38,10 @@ def _open(path: pathlib.Path, data: bytes) -> Image.Image:
         frames = getattr(picture, "n_frames", 1)
         picture.load()
     except Image.DecompressionBombError as e:
-        raise DataError(f"{path}: {e}; make the image smaller") from e
+        raise DataError(
+            f"{path}: {e}; make the image smaller (--mode predict takes it as it is, in tiles: "
+            "--tile=1024)"
+        ) from e
     except MemoryError:
         raise
     except Exception as e:  # Pillow's parsers raise nearly anything on broken files.

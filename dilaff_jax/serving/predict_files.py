@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dilaff_jax.data import folders, source_record
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
+from dilaff_jax.serving import tile_files
 from dilaff_jax.serving.predictor import PROGRAMS, Predictor, Result
 from dilaff_jax.serving.video import SUFFIXES, Video, VideoWriter, propagate_in_time
 from dilaff_jax.serving.writer import Options, Writer, write_classes
@@ -73,7 +74,10 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
     with Writer(options) as writer:
         for name, path in tqdm(stills, unit="image", disable=not stills):
             with _reported(path, summary):
-                writer.put(name, predictor(path, refine=options.propagation != "without"))
+                if options.tile:
+                    tile_files.predict(predictor, name, path, options)
+                else:
+                    writer.put(name, predictor(path, refine=options.propagation != "without"))
                 summary.images += 1
         for name, path in movies.items():
             with _reported(path, summary):
@@ -144,6 +148,10 @@ def settled(options: Options, predictor: Predictor) -> Options:
         for name, wanted in asked.items():
             if wanted:
                 raise UserError(f"{name} was asked for, but this model has no affinity head")
+    if options.tile and (options.probs or options.edges or options.temporal):
+        raise UserError("in tiles labels are written; probs, edges and temporal need whole images")
+    if options.tile and not predictor.network.segmentation:
+        raise UserError("this model is an affinity network by itself; tiles need a segmentation")
     if options.temporal and options.propagation == "without":
         raise UserError("temporal propagation was asked for, and propagation='without'")
     chosen = options.propagation or ("with" if predictor.has_affinity else "without")

@@ -35,6 +35,8 @@ class Options:
         edges: write them.
         temporal: propagate videos in time too, see `clips`.
         chunk: frames of a video that are propagated at a time.
+        tile: side of the tiles that images are cut into; 0 for whole images.
+        margin: pixels around a tile that the network sees.
     """
 
     output: pathlib.Path
@@ -44,6 +46,8 @@ class Options:
     edges: bool = False
     temporal: bool = False
     chunk: int = 8
+    tile: int = 0
+    margin: int = 256
 
     @property
     def variants(self) -> dict[str, str]:
@@ -55,7 +59,7 @@ class Options:
         """Every folder that is written to."""
         kinds = ["labels", *["overlays"] * self.overlays]
         names = [kind + suffix for kind in kinds for suffix in self.variants]
-        names += ["probs"] * self.probs + ["edges"] * self.edges
+        names += ["probs"] * self.probs + ["edges"] * self.edges + ["tiles"] * bool(self.tile)
         return [self.output / name for name in names]
 
 
