@@ -65,11 +65,11 @@ RESIZE = flags.DEFINE_float(
 TILE = flags.DEFINE_integer(
     "tile",
     0,
-    "predict: cut images into tiles of so many pixels, for those that do not fit into memory, and "
-    "write GeoTIFF; 0 for whole images.",
+    "predict, refine: cut images into tiles of so many pixels, for those that do not fit into "
+    "memory, and write GeoTIFF; 0 for whole images.",
 )
 TILE_MARGIN = flags.DEFINE_integer(
-    "tile_margin", 256, "predict --tile: pixels around a tile that the network sees."
+    "tile_margin", 256, "predict, refine --tile: pixels around a tile that the network sees."
 )
 LOGITS = flags.DEFINE_string(
     "logits",
@@ -225,8 +225,6 @@ def refine(config: Config, workdir: pathlib.Path) -> None:
     """Refines what another network says of files."""
     if not INPUT.value or not LOGITS.value or not OUTPUT.value:
         raise UserError("--mode refine needs --input, --logits and --output")
-    if TILE.value:
-        raise UserError("--tile is for --mode predict; --mode refine takes whole images")
     from dilaff_jax.runtime import files
     from dilaff_jax.serving import refine_files
 

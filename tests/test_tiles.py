@@ -18,7 +18,8 @@ from dilaff_jax import affinity
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
-from dilaff_jax.serving import predict_files, raster, tile_files, tiles, writer
+from dilaff_jax.serving import predict_files, raster, refine_files, tile_files, tiles, writer
+from dilaff_jax.serving.foreign_files import Form
 from dilaff_jax.serving.network import Network
 from dilaff_jax.serving.predictor import Geometry, Predictor, Raw
 from tests import data_files
@@ -179,6 +180,105 @@ def test_a_trained_network_is_without_seams_where_its_margin_covers_what_it_sees
     assert agree > 0.98
     picture_of_all = np.asarray(Image.open(tmp_path / "out/overlays/in.png"))
     assert picture_of_all.shape == (150, 170, 3)
+
+
+# What another network says.
+
+
+def scores_of(image, stride, seed=3):
+    rng = np.random.default_rng(seed)
+    rows, columns = image.shape[0] // stride, image.shape[1] // stride
+    coarse = rng.normal(0, 2, (rows // 4 + 1, columns // 4 + 1, 3))
+    return np.kron(coarse, np.ones((4, 4, 1)))[:rows, :columns].astype(np.float32)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "kind"),
+    [
+        ((203, 331), 1, "logits.npy"),
+        ((200, 332), 4, "probabilities.tif"),
+        ((192, 320), 4, "chw.npy"),
+        ((192, 320), 8, "probabilities.npy"),
+        ((203, 331), 1, "labels.tif"),
+    ],
+)
+def test_results_of_others_are_refined_as_whole_ones_are(tmp_path, size, stride, kind):
+    image, form = picture(*size), Form()
+    save(tmp_path / "in/a.tif", image)
+    logits = scores_of(image, stride)
+    results = tmp_path / "results"
+    results.mkdir()
+    if kind == "logits.npy":
+        np.save(results / "a.npy", logits.astype(np.float16))
+        logits = logits.astype(np.float16)
+    elif kind == "chw.npy":
+        np.save(results / "a.npy", np.moveaxis(logits, -1, 0))
+    elif kind == "probabilities.npy":
+        np.save(results / "a.npy", softmax(logits))
+    elif kind == "probabilities.tif":
+        save(results / "a.tif", softmax(logits))
+    else:
+        save(results / "a.tif", np.argmax(logits, axis=-1).astype(np.uint8))
+        form = Form(confidence=0.9)
+        best = np.argmax(logits, axis=-1)[..., None] == np.arange(3)
+        logits = np.log(np.where(best, 0.9, 0.05)).astype(np.float32)
+    options = writer.Options(tmp_path / "out", propagation="both", tile=64, margin=32)
+    summary = refine_files.refine(model(), tmp_path / "in", results, options, form)
+    whole = Predictor(model().network, pad=32).refine(image, logits.astype(np.float32))
+    found = labels_at(tmp_path / "out/labels/a.tif")
+    assert (found != whole.labels).mean() < 1e-4  # probabilities are rounded on their way
+    np.testing.assert_array_equal(labels_at(tmp_path / "out/labels_plain/a.tif"), whole.plain)
+    assert summary.pixels == image.shape[0] * image.shape[1]
+    assert summary.changed == (found != whole.plain).sum() > 0
+    assert json.loads((tmp_path / "out/refinement.json").read_text())["changed"] == summary.changed
+
+
+def test_an_affinity_network_by_itself_refines_any_classes_in_tiles(tmp_path):
+    image = picture(100, 90)
+    save(tmp_path / "a.tif", image)
+    rng = np.random.default_rng(0)
+    save(tmp_path / "a_probs.tif", softmax(rng.normal(size=(100, 90, 5))).astype(np.float32))
+    predictor = model(segmentation=False)
+    options = writer.Options(tmp_path / "out", tile=64)
+    refine_files.refine(predictor, tmp_path / "a.tif", tmp_path / "a_probs.tif", options, Form())
+    assert len(json.loads((tmp_path / "out/classes.json").read_text())["names"]) == 5
+    assert set(np.unique(labels_at(tmp_path / "out/labels/a.tif"))) == set(range(5))
+    with pytest.raises(UserError, match="affinity network by itself"):
+        predict_files.predict(predictor, tmp_path / "a.tif", options)
+
+
+@pytest.mark.parametrize(
+    ("array", "name", "reason"),
+    [
+        (np.zeros((60, 90, 3), np.float32), "a.npy", "60 x 90 values for an image of 100 x 90"),
+        (np.full((100, 90, 3), np.nan, np.float32), "a.npy", "holds NaN"),
+        (np.zeros((100, 90, 4), np.float32), "a.npy", "give --layout"),
+        (np.zeros((100, 90, 2), np.float32), "a.tif", "2 bands; expected one for each of 3"),
+        (np.zeros((100, 90, 2), np.uint8), "a.tif", "2 bands of uint8; expected one of labels"),
+        (np.full((100, 90), 7, np.uint8), "a.tif", "labels hold 7"),
+        (np.zeros((100, 90), np.uint8), "b.tif", "give --confidence"),
+        (None, "a.npz", r"windows of a \.npz cannot be read"),
+    ],
+)
+def test_results_that_cannot_be_meant_are_refused(tmp_path, array, name, reason):
+    save(tmp_path / "in.tif", picture(100, 90))
+    path = tmp_path / name
+    if array is None:
+        np.savez(path, logits=np.zeros((100, 90, 3), np.float32))
+    elif name.endswith("npy"):
+        np.save(path, array)
+    else:
+        save(path, array)
+    form = Form(confidence=None if name == "b.tif" else 0.9)
+    options = writer.Options(tmp_path / "out", tile=64)
+    with pytest.raises(UserError, match=reason):
+        refine_files.refine(model(), tmp_path / "in.tif", path, options, form)
+    assert not (tmp_path / "out/labels").exists()
 
 
 # Files.

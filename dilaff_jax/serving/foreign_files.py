@@ -8,10 +8,11 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from dilaff_jax import labels as labels_lib
 from dilaff_jax.data import folders, images, source_record
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
-from dilaff_jax.labels import IGNORE_LABEL, check_values
+from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.numerics import TINY
 
 Layout: TypeAlias = Literal["hwc", "chw"]
@@ -105,12 +106,12 @@ def read(path: pathlib.Path, form: Form, size: tuple[int, int]) -> np.ndarray:
         DataError: the file is damaged or holds what cannot be meant.
     """
     if path.suffix.lower() in ARRAYS:
-        logits = _classes_last(_array(path), path, form)
-        _check_values(logits, path)
-        if _are_probabilities(logits):
-            logits = np.log(np.maximum(logits, TINY))
+        logits = np.ascontiguousarray(classes_last(_array(path), path, form), np.float32)
+        check_values(logits, path)
+        if are_probabilities(logits):
+            logits = logarithm(logits)
     else:
-        logits = _of_labels(path, form)
+        logits = of_labels(read_labels(path, form.num_classes), path, form)
     _check_size(logits, size, path)
     return logits
 
@@ -135,7 +136,7 @@ def read_labels(
             f"{size[0]} x {size[1]}"
         )
     try:
-        check_values(label, num_classes, IGNORE_LABEL)
+        labels_lib.check_values(label, num_classes, IGNORE_LABEL)
     except UserError as error:
         raise DataError(f"{path}: {error}") from error
     return label.astype(np.uint8)
@@ -145,12 +146,21 @@ def count_classes(path: pathlib.Path, form: Form) -> int:
     """How many classes an array is of; 0 where nobody says which axis is theirs."""
     if form.layout is None:
         return 0
-    return _array(path).shape[-1 if form.layout == "hwc" else 0]
+    return mapped(path).shape[-1 if form.layout == "hwc" else 0]
 
 
 def _array(path: pathlib.Path) -> np.ndarray:
+    return mapped(path).astype(np.float32)
+
+
+def mapped(path: pathlib.Path) -> np.ndarray:
+    """The array of a file, floating point with three axes; of a `.npy` not read before it is used.
+
+    Raises:
+        DataError: there is no such array.
+    """
     try:
-        content = np.load(path, allow_pickle=False)
+        content = np.load(path, allow_pickle=False, mmap_mode="r")
         if isinstance(content, np.ndarray):
             array = content
         else:
@@ -167,7 +177,7 @@ def _array(path: pathlib.Path) -> np.ndarray:
             f"{path}: shape {array.shape}, {array.dtype}; expected floating point [h, w, C] or "
             "[C, h, w] (label maps: as PNG)"
         )
-    return array.astype(np.float32)
+    return array
 
 
 def _entry(names: list[str], path: pathlib.Path) -> str:
@@ -180,7 +190,8 @@ def _entry(names: list[str], path: pathlib.Path) -> str:
     return meant[0]
 
 
-def _classes_last(array: np.ndarray, path: pathlib.Path, form: Form) -> np.ndarray:
+def classes_last(array: np.ndarray, path: pathlib.Path, form: Form) -> np.ndarray:
+    """An array as `[h, w, C]`. Raises DataError where its layout is not known or not that."""
     layout, classes = form.layout, form.num_classes
     if layout is None:
         fits: dict[Layout, bool] = {
@@ -200,10 +211,10 @@ def _classes_last(array: np.ndarray, path: pathlib.Path, form: Form) -> np.ndarr
         raise DataError(
             f"{path}: {array.shape[-1]} classes, as --layout={layout} reads it; expected {classes}"
         )
-    return np.ascontiguousarray(array)
+    return array
 
 
-def _check_values(array: np.ndarray, path: pathlib.Path) -> None:
+def check_values(array: np.ndarray, path: pathlib.Path) -> None:
     """Raises DataError for NaN, +inf, and pixels at which no class is possible."""
     if np.isnan(array).any() or np.isposinf(array).any():
         raise DataError(f"{path}: holds NaN or +infinity; expected finite numbers, or -infinity")
@@ -211,7 +222,13 @@ def _check_values(array: np.ndarray, path: pathlib.Path) -> None:
         raise DataError(f"{path}: at some pixel all classes are -infinity, so none is possible")
 
 
-def _are_probabilities(array: np.ndarray) -> bool:
+def logarithm(probs: np.ndarray) -> np.ndarray:
+    """Logits of probabilities; none is -infinity."""
+    return np.log(np.maximum(probs, TINY))
+
+
+def are_probabilities(array: np.ndarray) -> bool:
+    """Whether all values are in [0, 1] and those of a pixel sum to 1."""
     return bool(
         array.min() >= 0
         and array.max() <= 1
@@ -219,13 +236,18 @@ def _are_probabilities(array: np.ndarray) -> bool:
     )
 
 
-def _of_labels(path: pathlib.Path, form: Form) -> np.ndarray:
+def of_labels(labels: np.ndarray, path: pathlib.Path, form: Form) -> np.ndarray:
+    """Logits of labels `[h, w]`, as sure as the form says. Raises DataError where it does not."""
     if form.confidence is None:
         raise DataError(
             f"{path}: a label map says nothing of how sure it is; give --confidence=0.9, the "
             "probability of its classes, or give logits"
         )
-    labels, classes = read_labels(path, form.num_classes), form.num_classes
+    classes = form.num_classes
+    try:
+        labels_lib.check_values(labels, classes, IGNORE_LABEL)
+    except UserError as error:
+        raise DataError(f"{path}: {error}") from error
     valid = labels != IGNORE_LABEL
     rest = (1 - form.confidence) / max(classes - 1, 1)
     probs = np.full((*labels.shape, classes), rest, np.float32)

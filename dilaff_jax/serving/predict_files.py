@@ -60,6 +60,11 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
             overwrite an input.
     """
     options = settled(options, predictor)
+    if options.tile and not predictor.network.segmentation:
+        raise UserError(
+            "this model is an affinity network by itself, without a segmentation; give it that of "
+            "another network: --mode refine"
+        )
     files = find(source, options.output)
     check_targets(files, options)
     movies = {n: p for n, p in files.items() if p.suffix.lower() in SUFFIXES}
@@ -150,8 +155,6 @@ def settled(options: Options, predictor: Predictor) -> Options:
                 raise UserError(f"{name} was asked for, but this model has no affinity head")
     if options.tile and (options.probs or options.edges or options.temporal):
         raise UserError("in tiles labels are written; probs, edges and temporal need whole images")
-    if options.tile and not predictor.network.segmentation:
-        raise UserError("this model is an affinity network by itself; tiles need a segmentation")
     if options.temporal and options.propagation == "without":
         raise UserError("temporal propagation was asked for, and propagation='without'")
     chosen = options.propagation or ("with" if predictor.has_affinity else "without")

@@ -19,21 +19,20 @@ _CACHE = 64 * 2**20
 _BLOCK = 512
 
 
-class Raster:
-    """An image of 8 bits in a file, of which windows are read. A context manager.
-
-    Grey is repeated, a palette looked up, and a fourth band that is alpha says where there is an
-    image, as a value for "no data" does.
+class Bands:
+    """The bands of a raster in a file, of which windows are read. A context manager.
 
     Args:
         path: of the file.
 
     Attributes:
         size: height and width.
+        count: of bands.
+        dtype: of their numbers.
 
     Raises:
         UserError: rasterio is not installed.
-        DataError: GDAL cannot read the file, or it has other bands or numbers.
+        DataError: GDAL cannot read the file, or its bands are of different numbers.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -43,6 +42,12 @@ class Raster:
         self._open.enter_context(_quiet(self._library))
         try:
             self._file: Any = self._open.enter_context(self._library.open(path))
+            kinds = sorted(set(self._file.dtypes))
+            if len(kinds) != 1:
+                raise DataError(f"{path}: bands of different numbers, {', '.join(kinds)}")
+            self.dtype = np.dtype(kinds[0])
+            self.count: int = self._file.count
+            self.size: tuple[int, int] = (self._file.height, self._file.width)
             self._check()
         except self._library.errors.RasterioError as error:
             self._open.close()
@@ -50,7 +55,6 @@ class Raster:
         except BaseException:
             self._open.close()
             raise
-        self.size: tuple[int, int] = (self._file.height, self._file.width)
 
     def __enter__(self) -> Self:
         return self
@@ -64,21 +68,51 @@ class Raster:
         self._open.close()
 
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """All bands of these rows and columns, from the first up to before the second."""
+        return np.moveaxis(self._read(None, window=self._window(rows, columns)), 0, -1)
+
+    def _check(self) -> None:
+        """Raises DataError for bands that are not meant."""
+
+    def _window(self, rows: tuple[int, int], columns: tuple[int, int]) -> Any:
+        return self._library.windows.Window.from_slices(rows, columns)
+
+    def _read(self, bands: list[int] | None, **part: Any) -> np.ndarray:
+        with self._damage():
+            return self._file.read(bands, **part)
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except self._library.errors.RasterioError as error:
+            raise DataError(f"{self._path}: damaged or cut off: {error}") from error
+
+
+class Raster(Bands):
+    """An image of 8 bits in a file, of which windows are read as colours.
+
+    Grey is repeated, a palette looked up, and a fourth band that is alpha says where there is an
+    image, as a value for "no data" does.
+
+    Raises:
+        DataError: it has other bands or numbers.
+    """
+
+    def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """RGB uint8 of these rows and columns, from the first up to before the second."""
         return self._colours(window=self._window(rows, columns))
 
     def is_there(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """Where the file has an image: bool, False for "no data" and full transparency."""
-        try:
+        with self._damage():
             return self._file.dataset_mask(window=self._window(rows, columns)) > 0
-        except self._library.errors.RasterioError as error:
-            raise self._damaged(error) from error
 
     def small(self, longest: int) -> np.ndarray:
         """The whole image, its longer side of at most so many pixels: RGB uint8."""
         factor = min(1.0, longest / max(self.size))
         height, width = (max(1, round(factor * n)) for n in self.size)
-        return self._colours(out_shape=(height, width))
+        return self._colours(out_shape=(self._colour_bands(), height, width))
 
     def georeference(self) -> dict[str, Any]:
         """What says where on earth the pixels lie, in rasterio's terms; {} where nothing does."""
@@ -98,33 +132,24 @@ class Raster:
                 f"{self._path}: a camera turned it (EXIF orientation), and tiles are not; save "
                 "it upright"
             )
-        kinds = set(self._file.dtypes)
-        if kinds != {"uint8"}:
+        if self.dtype != np.uint8:
             raise DataError(
-                f"{self._path}: numbers of type {', '.join(sorted(kinds))}; tiles are read of 8 "
-                "bits. Which are black and white nobody knows: scale them, as with gdal_translate "
-                "-ot Byte -scale LOW HIGH 0 255"
+                f"{self._path}: numbers of type {self.dtype}; tiles are read of 8 bits. Which are "
+                "black and white nobody knows: scale them, as with gdal_translate -ot Byte -scale "
+                "LOW HIGH 0 255"
             )
-        if self._file.count - self._has_alpha() not in (1, 3):
+        if self._colour_bands() not in (1, 3):
             raise DataError(
-                f"{self._path}: {self._file.count} bands; expected one, or three of red, green and "
-                "blue, and perhaps alpha. gdal_translate -b 1 -b 2 -b 3 chooses some"
+                f"{self._path}: {self.count} bands; expected one, or three of red, green and blue, "
+                "and perhaps alpha. gdal_translate -b 1 -b 2 -b 3 chooses some"
             )
 
-    def _has_alpha(self) -> bool:
-        return self._file.colorinterp[-1].name == "alpha"
-
-    def _window(self, rows: tuple[int, int], columns: tuple[int, int]) -> Any:
-        return self._library.windows.Window.from_slices(rows, columns)
+    def _colour_bands(self) -> int:
+        return self.count - (self._file.colorinterp[-1].name == "alpha")
 
     def _colours(self, **part: Any) -> np.ndarray:
-        bands = self._file.count - self._has_alpha()
-        if "out_shape" in part:
-            part["out_shape"] = (bands, *part["out_shape"])
-        try:
-            pixels = self._file.read(list(range(1, bands + 1)), **part)
-        except self._library.errors.RasterioError as error:
-            raise self._damaged(error) from error
+        bands = self._colour_bands()
+        pixels = self._read(list(range(1, bands + 1)), **part)
         if bands == 3:
             return np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
         if self._file.colorinterp[0].name == "palette":
@@ -133,9 +158,6 @@ class Raster:
                 palette[index] = colour[:3]
             return palette[pixels[0]]
         return np.repeat(pixels[0][..., None], 3, axis=-1)
-
-    def _damaged(self, error: Exception) -> DataError:
-        return DataError(f"{self._path}: damaged or cut off: {error}")
 
 
 @contextlib.contextmanager

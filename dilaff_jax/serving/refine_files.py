@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from dilaff_jax import metrics
 from dilaff_jax.data import images
+from dilaff_jax.data.class_list import Classes
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.runtime import files, provenance, reporting
-from dilaff_jax.serving import foreign_files, predict_files
+from dilaff_jax.serving import foreign_files, foreign_windows, predict_files, tile_files
 from dilaff_jax.serving.foreign_files import ARRAYS, Form
 from dilaff_jax.serving.network import Network
 from dilaff_jax.serving.predictor import Predictor, Result, read_image
@@ -101,6 +102,12 @@ def refine(
     given = foreign_files.find(results, names, "result", RESULT_SUFFIXES)
     masks = foreign_files.find(truth, names, "label map", MAP_SUFFIXES) if truth else {}
     predict_files.check_targets(pictures | {f"result {k}": v for k, v in given.items()}, options)
+    if options.tile:
+        if truth:
+            raise UserError("in tiles nothing is compared with a truth; leave --truth out")
+        summary = _in_tiles(predictor, source, pictures, given, options, form)
+        _note(summary, predictor.network, options.output)
+        return summary
     form = dataclasses.replace(form, num_classes=num_classes(predictor.network, given, form))
     options.output.mkdir(parents=True, exist_ok=True)
     counts, changed, pixels, classes = None, 0, 0, None
@@ -122,12 +129,41 @@ def refine(
         figures = {v: _figures(counts[v], classes.names) for v in (PLAIN, REFINED)}
         transitions = metrics.transition_summary(counts["transitions"], class_names=classes.names)
     summary = Summary(len(pictures), changed, pixels, figures, transitions)
+    _note(summary, predictor.network, options.output)
+    return summary
+
+
+def _in_tiles(
+    predictor: Predictor,
+    source: pathlib.Path,
+    pictures: Mapping[str, pathlib.Path],
+    given: Mapping[str, pathlib.Path],
+    options: Options,
+    form: Form,
+) -> Summary:
+    network, first = predictor.network, next(iter(given.values()))
+    classes = network.classes
+    if not network.segmentation:
+        number = foreign_windows.number_of_classes(first, form)
+        classes = classes if number == len(classes.names) else Classes.numbered(number)
+    form = dataclasses.replace(form, num_classes=len(classes.names))
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_classes(options.output, classes)
+    changed = pixels = 0
+    for name, path in tqdm(pictures.items(), unit="image"):
+        result = given[result_name(source, path)]
+        counts = tile_files.refine(predictor, name, path, options, result, form)
+        changed, pixels = changed + counts[0], pixels + counts[1]
+    return Summary(len(pictures), changed, pixels, {}, {})
+
+
+def _note(summary: Summary, network: Network, folder: pathlib.Path) -> None:
+    """Writes refinement.json."""
     content = dataclasses.asdict(summary) | {
-        "operator": dict(predictor.network.refine),
+        "operator": dict(network.refine),
         "provenance": provenance.provenance("flax", "numpy"),
     }
-    files.write_text(options.output / "refinement.json", files.json_text(content, indent=1) + "\n")
-    return summary
+    files.write_text(folder / "refinement.json", files.json_text(content, indent=1) + "\n")
 
 
 def result_name(source: pathlib.Path, image: pathlib.Path) -> str:

@@ -5,10 +5,11 @@ disk. Propagation then reads, for each tile, these maps as far around it as it r
 what it would make of all of them at once. Memory depends on the tile, not on the image.
 """
 
+import contextlib
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from dilaff_jax import resize
 from dilaff_jax.data import contact_sheet
+from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
 from dilaff_jax.labels import IGNORE_LABEL
-from dilaff_jax.serving import tiles
+from dilaff_jax.serving import foreign, tiles
+from dilaff_jax.serving.foreign_files import Form
+from dilaff_jax.serving.foreign_windows import Scores
 from dilaff_jax.serving.predictor import Geometry, Predictor, Raw
 from dilaff_jax.serving.raster import Raster, label_file
 from dilaff_jax.serving.writer import Options, write_png
@@ -45,152 +50,259 @@ def predict(predictor: Predictor, name: str, path: pathlib.Path, options: Option
         DataError: the file cannot be read.
         UserError: see `tiles.Tiling`; the disk has too little space.
     """
+    _run(predictor, name, path, options, None, None)
+
+
+def refine(
+    predictor: Predictor,
+    name: str,
+    path: pathlib.Path,
+    options: Options,
+    result: pathlib.Path,
+    form: Form,
+) -> tuple[int, int]:
+    """Refines what another network says of a file, tile by tile, and writes as `predict` does.
+
+    Args:
+        predictor: with affinities.
+        name: of the results.
+        path: of the image.
+        options: `tile` and `margin`, and what is written where.
+        result: of the other network, see `foreign_windows.Scores`.
+        form: of the result.
+
+    Returns:
+        How many pixels changed, and how many there are.
+
+    Raises:
+        DataError: a file cannot be read, or they do not belong together.
+        UserError: see `tiles.Tiling`; the disk has too little space.
+    """
+    return _run(predictor, name, path, options, result, form)
+
+
+def _run(
+    predictor: Predictor,
+    name: str,
+    path: pathlib.Path,
+    options: Options,
+    result: pathlib.Path | None,
+    form: Form | None,
+) -> tuple[int, int]:
     tiling = tiles.Tiling(predictor, options.tile, options.margin)
-    with Raster(path) as raster:
-        _check_space(predictor, tiling, raster.size, options.output)
-        store = tiles.Store(options.output / "tiles" / name, _key(predictor, tiling, path, options))
-        _infer(predictor, tiling, raster, store)
-        _refine(predictor, tiling, raster, store, options)
-        _write(predictor, tiling, raster, store, name, options)
+    with contextlib.ExitStack() as opened:
+        raster, scores = opened.enter_context(Raster(path)), None
+        if result is not None and form is not None:
+            scores = opened.enter_context(Scores(result, form, raster.size))
+            tiling = tiling.with_logits_of(scores.stride)
+        key = _key(predictor, tiling, [path] if result is None else [path, result], options)
+        store = tiles.Store(options.output / "tiles" / name, key)
+        job = _Job(predictor, tiling, raster, store, options, scores)
+        job.check_space()
+        job.infer()
+        job.refine()
+        counts = job.write(name)
         store.remove()
-    folder = options.output / "tiles"
-    for left in (*(folder / name).parents,):
+    for left in (options.output / "tiles" / name).parents:
         if left == options.output or any(left.iterdir()):
             break
         left.rmdir()
+    return counts
 
 
-def _grid(
-    tiling: tiles.Tiling, size: Sequence[int], margin: int
-) -> list[tuple[tuple[int, int], tiles.Span, tiles.Span]]:
-    rows, columns = (tiles.spans(n, tiling.tile, margin) for n in tiling.canvas(size))
-    return [((i, j), y, x) for i, y in enumerate(rows) for j, x in enumerate(columns)]
+class _Job:
+    """One image in tiles."""
 
+    def __init__(
+        self,
+        predictor: Predictor,
+        tiling: tiles.Tiling,
+        raster: Raster,
+        store: tiles.Store,
+        options: Options,
+        scores: Scores | None,
+    ) -> None:
+        self._predictor, self._tiling, self._raster = predictor, tiling, raster
+        self._store, self._options, self._scores = store, options, scores
+        network = predictor.network
+        self._classes = network.classes
+        if scores is not None and scores.num_classes != len(network.classes.names):
+            self._classes = Classes.numbered(scores.num_classes)
+        # What the network says and is kept; the logits are another's where there are any.
+        self._own = [k for k in tiling.strides if scores is None or k == tiles.AFFINITY]
+        self._kinds = [_LABELS]
+        if options.propagation == "both" or scores is not None:
+            self._kinds.append(_PLAIN)
 
-def _infer(predictor: Predictor, tiling: tiles.Tiling, raster: Raster, store: tiles.Store) -> None:
-    """Keeps what the network says of every tile."""
-    for tile, rows, columns in tqdm(
-        _grid(tiling, raster.size, tiling.margin), desc="network", unit="tile"
-    ):
-        if all(store.has(kind, tile) for kind in tiling.strides):
-            continue
-        raw = predictor.infer(_pixels(raster, rows, columns, predictor.network.pad_rgb))
-        for kind, values in ((tiles.LOGITS, raw.logits), (tiles.AFFINITY, raw.affinity_logits)):
-            if values is not None:
-                stride = tiling.strides[kind]
+    def check_space(self) -> None:
+        """Raises UserError if what is kept meanwhile does not fit on the disk."""
+        channels = {tiles.LOGITS: len(self._classes.names)}
+        if self._predictor.network.offsets is not None:
+            channels[tiles.AFFINITY] = len(self._predictor.network.offsets)
+        size, folder = self._raster.size, self._options.output
+        rows, columns = self._tiling.canvas(size)
+        needed = 4 * rows * columns  # labels, twice, in two places
+        for kind in self._own:
+            stride = self._tiling.strides[kind]
+            needed += 4 * channels[kind] * (rows // stride) * (columns // stride)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(
+                f"an image of {size[0]} x {size[1]} pixels needs {needed / 1e9:.1f} GB in {folder} "
+                f"for what the network says of its tiles, and {free / 1e9:.1f} GB are free; give "
+                "another --output"
+            )
+
+    def infer(self) -> None:
+        """Keeps what the network says of every tile."""
+        for tile, rows, columns in self._grid(self._tiling.margin, "network"):
+            if all(self._store.has(kind, tile) for kind in self._own):
+                continue
+            raw = self._predictor.infer(self._pixels(rows, columns))
+            maps = {tiles.LOGITS: raw.logits, tiles.AFFINITY: raw.affinity_logits}
+            for kind in self._own:
+                stride, values = self._tiling.strides[kind], maps[kind]
+                assert values is not None
                 y, x = (
                     slice((s.start - s.first) // stride, (s.stop - s.first) // stride)
                     for s in (rows, columns)
                 )
-                store.write(kind, tile, np.asarray(values[0, y, x]))
+                self._store.write(kind, tile, np.asarray(values[0, y, x]))
 
-
-def _pixels(
-    raster: Raster, rows: tiles.Span, columns: tiles.Span, fill: tuple[int, ...]
-) -> np.ndarray:
-    """A window of the image; `fill` beyond it and where it has no data."""
-    window = np.empty((rows.length, columns.length, 3), np.uint8)
-    window[:] = fill
-    height, width = raster.size
-    inner = (rows.first, min(rows.last, height)), (columns.first, min(columns.last, width))
-    pixels, there = raster.read(*inner), raster.is_there(*inner)
-    part = window[: pixels.shape[0], : pixels.shape[1]]
-    part[there] = pixels[there]
-    return window
-
-
-def _refine(
-    predictor: Predictor, tiling: tiles.Tiling, raster: Raster, store: tiles.Store, options: Options
-) -> None:
-    """Keeps the labels of every tile."""
-    kinds = [_LABELS, *([_PLAIN] if options.propagation == "both" else [])]
-    refined = options.propagation != "without"
-    height, width = raster.size
-    for tile, rows, columns in tqdm(
-        _grid(tiling, raster.size, tiling.halo), desc="labels", unit="tile"
-    ):
-        if all(store.has(kind, tile) for kind in kinds):
-            continue
-        maps = {
-            kind: jnp.asarray(
-                store.window(
-                    kind,
-                    (rows.first // stride, rows.last // stride),
-                    (columns.first // stride, columns.last // stride),
-                    tiling.tile // stride,
+    def refine(self) -> None:
+        """Keeps the labels of every tile."""
+        refined = self._options.propagation != "without"
+        for tile, rows, columns in self._grid(self._tiling.halo, "labels"):
+            if all(self._store.has(kind, tile) for kind in self._kinds):
+                continue
+            (height, width), (y, x) = self._within(rows, columns)
+            geometry = Geometry((height, width), (height, width), (rows.length, columns.length))
+            maps = {kind: self._window(kind, rows, columns) for kind in self._own}
+            raw = Raw(geometry, maps.get(tiles.LOGITS), maps.get(tiles.AFFINITY))
+            if self._scores is None:
+                change = self._predictor.correction(raw) if refined else None
+                result = self._predictor.finish(np.empty(0), raw, change)
+            else:
+                scores, placed = self._foreign(rows, columns, geometry)
+                change = self._predictor.correction(raw._replace(logits=placed), finite=False)
+                result = self._predictor.finish(
+                    np.empty(0), raw._replace(logits=scores), change, own=False
                 )
-            )[None]
-            for kind, stride in tiling.strides.items()
-        }
-        size = min(rows.last, height) - rows.first, min(columns.last, width) - columns.first
-        geometry = Geometry(size, size, (rows.length, columns.length))
-        raw = Raw(geometry, maps[tiles.LOGITS], maps.get(tiles.AFFINITY))
-        change = predictor.correction(raw) if refined else None
-        result = predictor.finish(np.empty(0), raw, change)
-        y = slice(rows.start - rows.first, min(rows.stop, height) - rows.first)
-        x = slice(columns.start - columns.first, min(columns.stop, width) - columns.first)
-        there = raster.is_there(
+            there = self._there(rows, columns)
+            for kind in self._kinds:
+                labels = np.where(there, getattr(result, kind)[y, x], IGNORE_LABEL)
+                self._store.write(kind, tile, labels.astype(np.uint8))
+
+    def write(self, name: str) -> tuple[int, int]:
+        """Joins the labels in files, and draws the whole; how many changed, and how many are."""
+        raster, options = self._raster, self._options
+        picture = raster.small(_PICTURE) if options.overlays else None
+        colours = np.asarray(self._classes.colors, np.uint8)
+        for suffix, kind in options.variants.items():
+            target = options.output / f"labels{suffix}" / f"{name}.tif"
+            small = None if picture is None else np.empty(picture.shape[:2], np.uint8)
+            with label_file(target, raster.size, colours, raster.georeference()) as write:
+                for tile, rows, columns in self._grid(0):
+                    labels = self._store.read(kind, tile)
+                    write(rows.start, columns.start, labels)
+                    if small is not None:
+                        _pick(small, labels, raster.size, (rows, columns))
+            if picture is not None and small is not None:
+                drawn = contact_sheet.overlay(picture, small, self._classes.colors)
+                write_png(options.output / f"overlays{suffix}" / f"{name}.png", drawn)
+        changed = pixels = 0
+        for tile, *_ in self._grid(0) if _PLAIN in self._kinds else ():
+            labels = self._store.read(_LABELS, tile)
+            changed += int((labels != self._store.read(_PLAIN, tile)).sum())
+            pixels += labels.size
+        return changed, pixels
+
+    def _grid(
+        self, margin: int, progress: str = ""
+    ) -> Iterator[tuple[tuple[int, int], tiles.Span, tiles.Span]]:
+        rows, columns = (
+            tiles.spans(n, self._tiling.tile, margin)
+            for n in self._tiling.canvas(self._raster.size)
+        )
+        grid = [((i, j), y, x) for i, y in enumerate(rows) for j, x in enumerate(columns)]
+        yield from tqdm(grid, desc=progress, unit="tile", disable=not progress)
+
+    def _pixels(self, rows: tiles.Span, columns: tiles.Span) -> np.ndarray:
+        """A window of the image; filled beyond it and where it has no data."""
+        window = np.empty((rows.length, columns.length, 3), np.uint8)
+        window[:] = self._predictor.network.pad_rgb
+        height, width = self._raster.size
+        inner = (rows.first, min(rows.last, height)), (columns.first, min(columns.last, width))
+        pixels, there = self._raster.read(*inner), self._raster.is_there(*inner)
+        part = window[: pixels.shape[0], : pixels.shape[1]]
+        part[there] = pixels[there]
+        return window
+
+    def _within(
+        self, rows: tiles.Span, columns: tiles.Span
+    ) -> tuple[tuple[int, int], tuple[slice, slice]]:
+        """Height and width of the image in a window, and where the tile lies in it."""
+        height, width = (
+            min(s.last, n) - s.first
+            for s, n in zip((rows, columns), self._raster.size, strict=True)
+        )
+        y, x = (
+            slice(s.start - s.first, min(s.stop, n) - s.first)
+            for s, n in zip((rows, columns), self._raster.size, strict=True)
+        )
+        return (height, width), (y, x)
+
+    def _there(self, rows: tiles.Span, columns: tiles.Span) -> np.ndarray:
+        """Where a tile has data."""
+        height, width = self._raster.size
+        return self._raster.is_there(
             (rows.start, min(rows.stop, height)), (columns.start, min(columns.stop, width))
         )
-        for kind in kinds:
-            labels = getattr(result, kind)[y, x]
-            store.write(kind, tile, np.where(there, labels, IGNORE_LABEL).astype(np.uint8))
 
-
-def _write(
-    predictor: Predictor,
-    tiling: tiles.Tiling,
-    raster: Raster,
-    store: tiles.Store,
-    name: str,
-    options: Options,
-) -> None:
-    """Joins the labels in files, and draws the whole."""
-    picture = raster.small(_PICTURE) if options.overlays else None
-    colours = np.asarray(predictor.classes.colors, np.uint8)
-    for suffix, kind in options.variants.items():
-        target = options.output / f"labels{suffix}" / f"{name}.tif"
-        shape = raster.size if picture is None else picture.shape[:2]
-        at = [(np.arange(n) * 2 + 1) * full // (2 * n) for n, full in zip(shape, raster.size)]  # noqa: B905
-        small = np.empty(shape, np.uint8) if picture is not None else None
-        with label_file(target, raster.size, colours, raster.georeference()) as write:
-            for tile, rows, columns in _grid(tiling, raster.size, 0):
-                labels = store.read(kind, tile)
-                write(rows.start, columns.start, labels)
-                if small is not None:
-                    y, x = (
-                        np.flatnonzero((a >= s.start) & (a < s.stop))
-                        for a, s in zip(at, (rows, columns), strict=True)
-                    )
-                    source = np.ix_(at[0][y] - rows.start, at[1][x] - columns.start)
-                    small[np.ix_(y, x)] = labels[source]
-        if picture is not None and small is not None:
-            drawn = contact_sheet.overlay(picture, small, predictor.classes.colors)
-            write_png(options.output / f"overlays{suffix}" / f"{name}.png", drawn)
-
-
-def _check_space(
-    predictor: Predictor, tiling: tiles.Tiling, size: tuple[int, int], folder: pathlib.Path
-) -> None:
-    """Raises UserError if what is kept meanwhile does not fit."""
-    channels = {tiles.LOGITS: len(predictor.classes.names)}
-    if predictor.network.offsets is not None:
-        channels[tiles.AFFINITY] = len(predictor.network.offsets)
-    rows, columns = tiling.canvas(size)
-    needed = 4 * rows * columns  # labels, twice, in two places
-    for kind, stride in tiling.strides.items():
-        needed += 4 * channels[kind] * (rows // stride) * (columns // stride)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"an image of {size[0]} x {size[1]} pixels needs {needed / 1e9:.1f} GB in {folder} for "
-            f"what the network says of its tiles, and {free / 1e9:.1f} GB are free; give another "
-            "--output"
+    def _window(self, kind: str, rows: tiles.Span, columns: tiles.Span) -> jax.Array:
+        stride = self._tiling.strides[kind]
+        (top, bottom), (left, right) = (
+            (s.first // stride, s.last // stride) for s in (rows, columns)
         )
+        side = self._tiling.tile // stride
+        return jnp.asarray(self._store.window(kind, (top, bottom), (left, right), side))[None]
+
+    def _foreign(
+        self, rows: tiles.Span, columns: tiles.Span, geometry: Geometry
+    ) -> tuple[jax.Array, jax.Array]:
+        """The other network's logits of a window, and placed on the canvas."""
+        assert self._scores is not None
+        stride = self._scores.stride
+        (top, bottom), (left, right) = (
+            (s.first // stride, (s.first + n) // stride)
+            for s, n in zip((rows, columns), geometry.scaled, strict=True)
+        )
+        scores = jnp.asarray(self._scores.read((top, bottom), (left, right)))[None]
+        if self._tiling.canvas(self._raster.size) == self._raster.size:
+            return scores, scores
+        # As in a whole image, whose canvas is larger: at the size of the image first.
+        full = resize.bilinear_logits(scores, geometry.scaled)
+        return scores, foreign.on_canvas(full, geometry.scaled, geometry.canvas)
+
+
+def _pick(
+    small: np.ndarray,
+    labels: np.ndarray,
+    size: tuple[int, int],
+    tile: tuple[tiles.Span, tiles.Span],
+) -> None:
+    """Takes what a small picture of the whole shows of a tile."""
+    places, sources = [], []
+    for n, full, span in zip(small.shape, size, tile, strict=True):
+        at = (2 * np.arange(n) + 1) * full // (2 * n)
+        inside = np.flatnonzero((at >= span.start) & (at < span.stop))
+        places.append(inside)
+        sources.append(at[inside] - span.start)
+    small[np.ix_(*places)] = labels[np.ix_(*sources)]
 
 
 def _key(
-    predictor: Predictor, tiling: tiles.Tiling, path: pathlib.Path, options: Options
+    predictor: Predictor, tiling: tiles.Tiling, paths: Sequence[pathlib.Path], options: Options
 ) -> dict[str, Any] | None:
     """What the maps of a file depend on; None for an exported network, whose weights are inside."""
     leaves = jax.tree.leaves(predictor.network.variables)
@@ -199,11 +311,10 @@ def _key(
     digest = hashlib.sha256()
     for leaf in leaves:
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    status = path.stat()
     return {
         "weights": digest.hexdigest(),
         "refine": repr(sorted(predictor.network.refine.items())),
         "tile": [tiling.tile, tiling.margin, tiling.halo],
-        "image": [str(path.resolve()), status.st_size, status.st_mtime_ns],
+        "files": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths],
         "propagation": options.propagation,
     }

@@ -1,5 +1,6 @@
 """How an image that does not fit into memory is cut, and what is kept of its tiles meanwhile."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -144,7 +145,6 @@ class Tiling:
     Attributes:
         unit: what all strides divide.
         strides: of the network's maps, by kind.
-        halo: margin that propagation needs, computed from its reach.
 
     Raises:
         UserError: a network that cannot be run on tiles, or a tile or margin out of range.
@@ -168,12 +168,32 @@ class Tiling:
                 f"tiles of {self.tile} with {self.margin} around them are larger than the "
                 f"{largest} for which this model was exported; lower --tile or --tile_margin"
             )
-        self.halo = 0
+        self._cells = 0
         if predictor.has_affinity and network.offsets is not None:
-            cells = reach(network.refine, network.offsets)
-            # And a cell of each map on either side, between which is interpolated twice.
-            pixels = cells * self.strides[AFFINITY] + 2 * max(self.strides.values())
-            self.halo = -(-pixels // self.unit) * self.unit if cells else 2 * self.unit
+            self._cells = reach(network.refine, network.offsets)
+
+    @property
+    def halo(self) -> int:
+        """Margin that labels need, of what the maps say."""
+        # A cell of each map on either side, between which is interpolated twice.
+        pixels = 2 * max(self.strides.values())
+        pixels += self._cells * self.strides.get(AFFINITY, 0)
+        return -(-pixels // self.unit) * self.unit
+
+    def with_logits_of(self, stride: int) -> "Tiling":
+        """The same, where logits come from elsewhere, at another stride.
+
+        Raises:
+            UserError: tiles are not of whole cells of that stride.
+        """
+        if self.unit % stride:
+            raise UserError(
+                f"a value of the results stands for {stride} x {stride} pixels, and tiles are of "
+                f"multiples of {self.unit}; enlarge the results to the image"
+            )
+        changed = copy.copy(self)
+        changed.strides = self.strides | {LOGITS: stride}
+        return changed
 
     def canvas(self, size: Sequence[int]) -> tuple[int, int]:
         """Height and width of the grid that covers an image."""
