@@ -4,9 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from dilaff_jax.data import images
+from dilaff_jax.data import datasets, image_folder, images, prepare
+from dilaff_jax.data.data_config import default
 from dilaff_jax.data.images import DataError
 from tests.data_files import classes_map, picture, save, save_palette
 
@@ -245,3 +246,36 @@ def test_damaged_records_are_refused(data):
 def test_rgb_label_records_are_refused():
     with pytest.raises(DataError, match=r"want uint8 \[H, W\]"):
         images.decode_label(images.encode_png(picture()))
+
+
+def geotiff(array, path, nothing):
+    """A TIFF that says, as GDAL does, which value is no data."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[42113] = str(nothing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, tiffinfo=tags)
+
+
+def test_what_a_geotiff_says_to_be_without_data_is_ignored(tmp_path):
+    image = picture().clip(1)
+    image[2:5, 3:9] = 0
+    image[10, 10] = (0, 7, 7)  # one band that is 0 is a colour
+    label = classes_map()
+    marked = label.copy()
+    marked[15:, 20:] = 200
+    root = tmp_path / "in"
+    geotiff(image, root / "images" / "a.tif", 0)
+    geotiff(marked, root / "labels" / "a.tif", 200)
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    prepare.prepare("image_folder/x", tmp_path / "d", root, image_folder.FolderOptions())
+    source = datasets.load(default(dataset="image_folder/x", data_dir=str(tmp_path / "d")), "train")
+    expected = label.copy()
+    expected[15:, 20:] = expected[2:5, 3:9] = 255
+    np.testing.assert_array_equal(source[0]["label"], expected)
+    np.testing.assert_array_equal(source[0]["image"], image)
+
+
+def test_no_data_that_is_no_number_is_refused(tmp_path):
+    geotiff(classes_map(), tmp_path / "a.tif", "none")
+    with pytest.raises(DataError, match=r"a\.tif: its value for `no data` is 'none'"):
+        images.load_label(tmp_path / "a.tif")

@@ -44,14 +44,16 @@ def labels(source):
 def test_names_lists_every_data_set():
     found = set(datasets.names())
     assert found == {
-        *("camvid", "cityscapes", "coco_json", "image_folder", "scene_parse150"),
+        *("annotation_json", "camvid", "cityscapes", "coco_json", "image_folder", "scene_parse150"),
         *("shapes", "voc2012_seg"),
     }
 
 
 @pytest.mark.parametrize("name", ["camvids", "pipeline", "../shapes", "os", ""])
 def test_unknown_data_sets_are_refused_with_the_list(name):
-    with pytest.raises(ValueError, match="available: camvid, cityscapes, coco_json, image_folder"):
+    with pytest.raises(
+        ValueError, match="available: annotation_json, camvid, cityscapes, coco_json, image_folder"
+    ):
         datasets.builder_class(name)
 
 

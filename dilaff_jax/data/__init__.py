@@ -19,7 +19,8 @@ What is where:
     contact_sheet.py  pictures of images with their labels
     builder.py        what every data set shares; images.py, folders.py: reading strangers' files
     shapes.py, camvid.py, voc2012_seg.py, cityscapes.py, scene_parse150.py, image_folder.py,
-    coco_json.py:     one data set each. A new one is one more file with a class `Builder`.
+    coco_json.py, annotation_json.py: one data set each. A new one is one more file with a class
+                      `Builder`. outlines.py draws polygons.
 
 Everywhere: images RGB uint8 `[H, W, 3]`, labels uint8 `[H, W]`, 255 = ignored.
 """

@@ -30,11 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from dilaff_jax.data import builder, folders, images
+from dilaff_jax.data import builder, folders, images, outlines
 from dilaff_jax.data.class_list import colormap
 from dilaff_jax.data.image_folder import option, split_by_name
 from dilaff_jax.data.images import DataError
-from dilaff_jax.errors import MissingPackageError
 from dilaff_jax.labels import IGNORE_LABEL
 
 BACKGROUND = "background"
@@ -45,8 +44,6 @@ _SPLITS = {
 }
 _KINDS = ("instances", "stuff", "panoptic")
 _ROBOFLOW = "_annotations.coco.json"
-# How many pixels a polygon may leave the image by: tools round to the border and beyond.
-_SLACK = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,10 +339,7 @@ def _category_ids(annotations: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _mask(annotation: Mapping[str, Any], item: Item, cut: bool) -> np.ndarray:
     """The pixels `[H, W]` that an annotation covers, as pycocotools draws them."""
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise MissingPackageError("this needs the extra: pip install 'dilaff-jax[coco]'") from error
+    coco = outlines.library()
     height, width = item.size
     where = f"{item.label}: annotation {annotation.get('id')} of {item.name}"
     shape = annotation.get("segmentation")
@@ -360,19 +354,6 @@ def _mask(annotation: Mapping[str, Any], item: Item, cut: bool) -> np.ndarray:
         if isinstance(shape["counts"], list):
             shape = coco.frPyObjects(dict(shape), height, width)
         return coco.decode(shape).astype(bool)
-    polygons = [np.asarray(p, np.float64) for p in shape]
-    if any(p.ndim != 1 or len(p) < 6 or len(p) % 2 or not np.isfinite(p).all() for p in polygons):
-        raise DataError(f"{where}: a polygon needs three points or more, x and y in turn")
-    points = np.concatenate(polygons).reshape(-1, 2)
-    beyond = max(0.0, -points.min(), *(points - (width, height)).max(axis=0))
-    if beyond > _SLACK and not cut:
-        raise DataError(
-            f"{where} leaves its image of {height} x {width} (height x width) by {beyond:.0f} "
-            "pixels; mend it, or give --outside cut to use what is inside"
-        )
-    # Drawn with room on all sides: beyond its canvas pycocotools draws wrongly.
-    room = int(np.ceil(beyond)) + 1
-    moved = [(p.reshape(-1, 2) + room).ravel().tolist() for p in polygons]
-    parts = coco.frPyObjects(moved, height + 2 * room, width + 2 * room)
-    covered = coco.decode(coco.merge(parts)).astype(bool)
-    return covered[room : room + height, room : room + width]
+    return outlines.inside_of(
+        [np.asarray(p, np.float64).ravel() for p in shape], item.size, where, cut
+    )

@@ -26,6 +26,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dilaff_jax.data import builder, folders, images, tool_exports
 from dilaff_jax.data.class_list import colormap
 from dilaff_jax.data.folders import Pair
@@ -207,6 +209,9 @@ class Builder(builder.SegmentationBuilder):
         other = IGNORE_LABEL if self.options.other_colors == "ignore" else None
         colors = self._values if self._layout.color_masks else None
         label = images.load_label(item.label, colors, other)
+        there = images.has_data(item.image)
+        if there is not None and there.shape == label.shape:  # other shapes are refused later
+            label = np.where(there, label, IGNORE_LABEL)
         return builder.Example(item.name, image, size, label, item.image, item.label)
 
 

@@ -15,9 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from dilaff_jax.errors import UserError
+from dilaff_jax.labels import IGNORE_LABEL
 
 _ORIENTATION = 0x0112  # EXIF tag
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 258, 277, 339  # TIFF tags
+_NODATA = 42113  # GDAL's: the value of pixels without data, as text
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DARK = 1 << 14  # 16-bit images below may well be of a camera with 10, 12 or 14 bits
 _PLAIN_FORMATS = ("JPEG", "MPO", "PNG")  # MPO: a phone's JPEG with a second picture behind it
@@ -201,7 +203,8 @@ def load_label(
 
     Palette images give their indices, never the palette's colours; grey images of 1 to 16 bits
     give their values, and so do pictures of three equal channels. EXIF rotation is applied, as to
-    images.
+    images. Pixels that a
+    GeoTIFF says to be without data are `IGNORE_LABEL`.
 
     Args:
         path: A lossless image file: PNG, BMP, TIFF, GIF or PNM.
@@ -224,6 +227,7 @@ def load_label(
         raise DataError(
             f"{path}: {picture.format} is lossy and blurs class values; save label maps as PNG"
         )
+    nothing = _no_data(picture, path)
     picture = ImageOps.exif_transpose(picture)
     if colors is not None:
         return _label_of_colors(picture, path, colors, other)
@@ -238,8 +242,41 @@ def load_label(
             "image_folder --color_masks` with a class list that states the colours"
         )
     values = np.asarray(picture).astype(np.int32)
+    if nothing is not None:
+        values = np.where(values == nothing, IGNORE_LABEL, values)
     # Pillow spreads grey of 2 and 4 bits over 0..255.
     return values // (255 // (2**depth - 1)) if picture.mode == "L" and depth in (2, 4) else values
+
+
+def _no_data(picture: Image.Image, path: pathlib.Path) -> float | None:
+    """The value of pixels without data, where a TIFF names one."""
+    if not isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return None
+    text = str(picture.tag_v2.get(_NODATA, "")).strip("\0 ")
+    try:
+        return float(text) if text else None
+    except ValueError as e:
+        raise DataError(f"{path}: its value for `no data` is {text!r}; expected a number") from e
+
+
+def has_data(path: str | os.PathLike) -> np.ndarray | None:
+    """Where an image has data: bool `[H, W]`; None where it says nothing of it.
+
+    A GeoTIFF may name a value of pixels without data; they are those of which all bands have it.
+
+    Raises:
+        DataError: the value is no number.
+    """
+    path = pathlib.Path(path)
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return None
+    picture = _open(path, path.read_bytes())
+    nothing = _no_data(picture, path)
+    if nothing is None:
+        return None
+    values = np.asarray(ImageOps.exif_transpose(picture))
+    there = values != nothing
+    return there.any(axis=-1) if there.ndim == 3 else there
 
 
 UNKNOWN_COLOR = 1 << 24
