@@ -23,6 +23,7 @@ from dilaff_jax.runtime import checkpoint, files
 # Parts of a config that do not decide which weights a run ends with.
 FREE = (
     *("ablate", "eval", "inference", "refine", "parallel", "profile_steps", "best_metric"),
+    "reporting",
     *("keep_latest", "log_every", "eval_every", "checkpoint_every", "resume_changed"),
     "patience",
     *("data.data_dir", "data.eval_split", "data.eval_size"),

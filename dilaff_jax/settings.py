@@ -14,7 +14,7 @@ from dilaff_jax import eval_step, initialise, objective, optim, schema
 from dilaff_jax.data import data_config
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter, test_time
-from dilaff_jax.runtime import parallel
+from dilaff_jax.runtime import parallel, trackers
 from dilaff_jax.schema import Key, Rule
 
 _FIGURES = (
@@ -90,6 +90,7 @@ SECTIONS: Mapping[str, schema.Section] = {
     "inference": test_time.KEYS,
     "eval": eval_step.KEYS,
     "parallel": parallel.KEYS,
+    "reporting": trackers.KEYS,
 }
 # Checked where they are used.
 _OTHERS = ("refine", "ablate")

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import pathlib
 import time
@@ -20,7 +21,7 @@ from dilaff_jax.data.batch_iterator import DevicePrefetch
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import NotFiniteError, UserError
 from dilaff_jax.models import frozen, segmenter
-from dilaff_jax.runtime import files, goodput, locks, preemption, provenance, reporting
+from dilaff_jax.runtime import files, goodput, locks, preemption, provenance, reporting, trackers
 from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import AXIS, Devices
 from dilaff_jax.runtime.preemption import Preempted
@@ -199,7 +200,9 @@ def _reporter(
     """Where numbers go; says where a run goes on, and with what changed."""
     evaluated = evaluate.read_results(run.workdir, begin) is not None
     steps = run.config.num_steps
-    reporter = reporting.Reporter(run.workdir, steps, begin, clock, evaluated)
+    given = run.workdir, begin, run.config.reporting, resume.as_json(run.config)
+    opened = functools.partial(trackers.begin, *given)
+    reporter = reporting.Reporter(run.workdir, steps, begin, clock, evaluated, opened)
     if begin:
         reporter.say("\n  changed: ".join([f"resumed at step {begin} of {steps}", *changed]))
     return reporter

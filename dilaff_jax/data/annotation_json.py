@@ -340,7 +340,7 @@ def _run_lengths(data: Sequence[int], where: str) -> np.ndarray:
                 for place in range(at, min(end, count)):
                     result[place] = bits.read(width)
             at = end
-    except (IndexError, ValueError, OverflowError) as error:
+    except (EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: its brush is damaged: {error}") from error
     return result
 
@@ -357,5 +357,5 @@ class _Bits:
             try:
                 number = 2 * number + next(self._bits)
             except StopIteration:
-                raise ValueError("it ends too early") from None
+                raise EOFError("it ends too early") from None
         return number

@@ -2,7 +2,7 @@
 
 parallel.py     processes and devices; mapping a per-device program over them
 checkpoint.py   saving and restoring; the only file that knows Orbax
-reporting.py    metrics.jsonl, TensorBoard, progress, tables
+reporting.py    metrics.jsonl, progress, tables; trackers.py: TensorBoard, W&B, MLflow
 files.py        files that are replaced at once, or not at all
 locks.py        who works in a folder is alone
 preemption.py   requests to stop: what is done is saved first

@@ -1,6 +1,6 @@
-"""What a person sees and what a program reads back: metrics.jsonl, TensorBoard, progress, tables.
+"""What a person sees and what a program reads back: metrics.jsonl, trackers, progress, tables.
 
-metrics.jsonl holds only what a resumed run reproduces to the bit; times go to TensorBoard and the
+metrics.jsonl holds only what a resumed run reproduces to the bit; times go to the trackers and the
 progress bar. Only process 0 writes.
 """
 
@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import rich.table
 from clu import parameter_overview
 from tqdm import tqdm
 
-from dilaff_jax.runtime import files, goodput
+from dilaff_jax.runtime import files, goodput, trackers
 
 
 class Reporter:
@@ -32,6 +32,7 @@ class Reporter:
         clock: of this start of the run.
         evaluated: whether the evaluation of that step, if it has one, came to its end; else what it
             left is dropped, too.
+        begin: what opens the trackers, on process 0 alone.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Reporter:
         step: int,
         clock: goodput.Clock,
         evaluated: bool = True,
+        begin: Callable[[], Sequence[trackers.Tracker]] = tuple,
     ) -> None:
         self._active = jax.process_index() == 0
         self._clock, self._rows, self._worked = clock, 0, 0.0
@@ -49,9 +51,7 @@ class Reporter:
         self._path = workdir / "metrics.jsonl"
         keep_until(self._path, step, evaluated)
         self._lines = self._path.open("a")
-        import tensorboardX  # here, because it imports torch where that is installed
-
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._trackers = begin()
         self._bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self, rows: int) -> None:
@@ -61,33 +61,32 @@ class Reporter:
             self._bar.update()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one line to metrics.jsonl, and the same to TensorBoard."""
+        """Adds one line to metrics.jsonl, and the same to the trackers."""
         if not self._active:
             return
         with self._naming():
             self._lines.write(files.json_text({"step": step, **values}) + "\n")
             self._lines.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
         names = [n for n in ("train/loss", "train/miou") if n in values]
         shown = {n.split("/")[-1]: f"{values[n]:.3f}" for n in names}
         if shown:
             self._bar.set_postfix(shown | {"images/s": f"{self.throughput(step):.1f}"})
 
     def throughput(self, step: int) -> float:
-        """Images a second of steps and input since the last call; to TensorBoard."""
+        """Images a second of steps and input since the last call; to the trackers."""
         worked = self._clock.worked()
         rate = self._rows / max(worked - self._worked, 1e-9)
         self._rows, self._worked = 0, worked
-        if self._active:
-            self._board.add_scalar("time/images_per_second", rate, step)
+        for tracker in self._trackers if self._active else ():
+            tracker.scalars(step, {"time/images_per_second": rate})
         return rate
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Adds RGB uint8 pictures `[H, W, 3]` to TensorBoard."""
-        if self._active:
-            for name, picture in pictures.items():
-                self._board.add_image(name, picture, step, dataformats="HWC")
+        """Adds RGB uint8 pictures `[H, W, 3]` to the trackers."""
+        for tracker in self._trackers if self._active and pictures else ():
+            tracker.pictures(step, pictures)
 
     def say(self, text: str) -> None:
         """Prints above the progress bar."""
@@ -104,8 +103,9 @@ class Reporter:
     def close(self) -> None:
         """Closes all files."""
         if self._active:
-            closing = contextlib.closing
-            with self._naming(), closing(self._bar), closing(self._board), self._lines:
+            with self._naming(), contextlib.ExitStack() as open_files:
+                for one in (self._lines, *self._trackers, self._bar):
+                    open_files.callback(one.close)
                 self.sync()
 
     @contextlib.contextmanager
