@@ -363,6 +363,25 @@ def test_a_shard_map_that_keeps_track_of_what_varies_is_left_to_xla(a_tpu):
     assert "tpu_custom_call" not in lowered(mapped(True), *arrays)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_where_jit_divides_arrays_over_devices_it_is_left_to_xla(monkeypatch, platform):
+    monkeypatch.setattr(backends, "traced_for", lambda: platform)
+    monkeypatch.setattr(backends, "_LARGE", 0)
+    function, *arrays = refine(39 if platform == "tpu" else 40)
+    alone = Mesh(np.array(jax.devices()[:1]), ("x",)).abstract_mesh
+    several = jax.sharding.AbstractMesh((1, 4), ("data", "fsdp"))
+    for mesh, chosen in ((several, False), (alone, True)):
+        with jax.sharding.use_abstract_mesh(mesh):
+            text = primitives(lambda p, a: function(p, a), *arrays)
+        kernel = "pallas_call" if platform == "tpu" else "copy_gmem_to_smem"
+        assert (kernel in text) == chosen, mesh
+    with (
+        jax.sharding.use_abstract_mesh(several),
+        pytest.raises(ValueError, match="jit divides arrays along fsdp"),
+    ):
+        refine(44, backend="pallas")[0](*arrays)
+
+
 def test_an_unknown_backend_is_refused():
     function, *arrays = refine(38, backend="triton")
     with pytest.raises(ValueError, match="backend is 'triton'; expected 'auto', 'xla' or 'pallas'"):

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import AxisType
 
 from dilaff_jax.errors import UserError
 
@@ -81,6 +82,11 @@ def obstacle(probs: Any, guide: Any, scalars: Any) -> str | None:
         return f"the shapes {probs.shape} and {guide.shape} are not fixed, or empty"
     if any(np.ndim(x) for x in jax.tree.leaves(scalars)):
         return "an option is no scalar"
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    divided = [str(n) for n, size, kind in kinds if size > 1 and kind != AxisType.Manual]
+    if divided:
+        return f"jit divides arrays along {', '.join(divided)}, and a kernel it cannot divide"
     if tracked(probs) or tracked(guide):
         return "shard_map keeps track of what varies over devices (check_vma=True)"
     return None
