@@ -107,9 +107,9 @@ def obstacle(probs: Any, guide: Any, scalars: Any, offsets: Any) -> str | None:
     """Why the kernel does not take these maps, in words; None where it does.
 
     It takes maps of one or two dimensions and of fixed shape, with scalar options, on chips with a
-    copy engine (compute capability 9.0). Within a `shard_map` it needs check_vma=False. (Where `jit`
-    alone distributes arrays over GPUs, by their sharding and without a mesh in context, a kernel
-    gathers them: use a `shard_map`, or "xla".)
+    copy engine (compute capability 9.0). Within a `shard_map` it needs check_vma=False. (Where
+    `jit` alone distributes arrays over GPUs, by their sharding and without a mesh in context, a
+    kernel gathers them: use a `shard_map`, or "xla".)
 
     Args:
         probs: `[B, *spatial, C]`.
