@@ -272,6 +272,31 @@ def test_on_a_gpu_the_kernel_is_chosen_for_large_maps_and_when_asked_for(a_gpu):
         assert ("copy_gmem_to_smem" in text) == chosen, (size, backend)
 
 
+@pytest.mark.parametrize(
+    ("capability", "auto", "pallas", "classes"),
+    [
+        ("9.0", True, True, 50),
+        ("", True, True, 52),
+        ("10.0", False, True, 54),
+        ("8.9", False, False, 56),
+        ("gfx90a", False, False, 58),
+    ],
+)
+def test_on_a_gpu_the_kernel_is_chosen_on_the_chips_it_was_measured_on(
+    a_gpu, monkeypatch, capability, auto, pallas, classes
+):
+    monkeypatch.setattr(backends, "capability", lambda: capability)
+    monkeypatch.setattr(backends, "_LARGE", 0)
+    function, *arrays = refine(classes)
+    assert ("copy_gmem_to_smem" in primitives(function, *arrays)) == auto
+    function, *arrays = refine(classes + 1, backend="pallas")
+    if pallas:
+        assert "copy_gmem_to_smem" in primitives(function, *arrays)
+    else:
+        with pytest.raises(ValueError, match=f"of compute capability {capability}"):
+            function(*arrays)
+
+
 def test_on_a_gpu_what_the_kernel_does_not_take_is_refused(a_gpu):
     function, *arrays = refine(42, strength=np.ones((6, 5, 1), np.float32), backend="pallas")
     with pytest.raises(ValueError, match="an option is no scalar"):

@@ -122,9 +122,10 @@ def obstacle(probs: Any, guide: Any, scalars: Any, offsets: Any) -> str | None:
         return shared
     if probs.ndim > 4:
         return f"maps have {probs.ndim - 2} spatial dimensions, not one or two"
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    if capability is not None and float(capability) < 9:
-        return f"the GPU has compute capability {capability}, and the kernel needs 9.0"
+    capability = backends.capability()
+    major = capability.partition(".")[0]
+    if capability and not (major.isdigit() and int(major) >= 9):
+        return f"the GPU is of compute capability {capability}, and the kernel needs 9.0 or more"
     tile = gpu_step.Tile.of(offsets)
     return tile if isinstance(tile, str) else None
 
