@@ -427,7 +427,7 @@ def test_memory_is_that_of_a_tile(tmp_path):
         tile_files.predict(model(), "small", folder / "small.tif", writer.Options(folder, tile=1024))
         status = pathlib.Path("/proc/self/status").read_text()
         peak = 1024 * int(status.split("VmPeak:")[1].split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (peak + 500 * 2**20,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (peak + 700 * 2**20,) * 2)
         tile_files.predict(model(), "in", folder / "in.tif", writer.Options(folder, tile=1024))
         print("done")
         try:
