@@ -6,9 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from packaging.requirements import Requirement
+
+from tests import running
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -220,6 +223,29 @@ def test_xpk_takes_gpus_by_device_type():
     )
     assert "--build-arg=ACCELERATOR=cuda" in build
     assert {"--device-type=h100-80gb-8", "--num-nodes=1"} <= set(submit)
+
+
+def test_the_nodes_of_an_xpk_gpu_workload_find_each_other_by_what_it_sets():
+    # As get_env_container of XPK's core/docker_resources.py has it: no port in the address.
+    program = """
+        import jax
+        from dilaff_jax.runtime import parallel
+        parallel.initialize("auto")
+        print(jax.process_index(), "of", jax.process_count())
+    """
+    common = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1", "JAX_COORDINATOR_PORT": str(running.port())}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            cwd=ROOT,
+            env={**os.environ, **common, "NNODES": "2", "NODE_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    said = [node.communicate(timeout=120)[0].strip() for node in nodes]
+    assert said == ["0 of 2", "1 of 2"]
 
 
 # SLURM

@@ -66,7 +66,7 @@ def initialize(
     Args:
         coordinator: HOST:PORT of process 0; "" reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
             JAX_PROCESS_ID, and where they are unset stays alone; "auto" asks the cluster (Cloud
-            TPU, GKE, SLURM).
+            TPU, GKE, XPK's GPUs, SLURM).
         num_processes: how many there are.
         process_id: this one, from 0.
         heartbeat: seconds of silence after which a process is taken for dead and the others end.
@@ -75,7 +75,7 @@ def initialize(
         UserError: some but not all of the three are known; an address that is none.
     """
     if coordinator == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(**_of_xpk(), heartbeat_timeout_seconds=heartbeat)
         return
     address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     count = num_processes or int(os.environ.get("JAX_NUM_PROCESSES", 0))
@@ -95,6 +95,23 @@ def initialize(
             "10.0.0.2:8476, or 'auto' on a cluster that JAX knows"
         )
     jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=heartbeat)
+
+
+def _of_xpk() -> dict[str, Any]:
+    """What XPK tells the nodes of a GPU workload, in JAX's terms; {} elsewhere.
+
+    An address without its port, which JAX would take for whole, and how many nodes there are under
+    names that JAX does not know (`get_env_container` of its core/docker_resources.py).
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK")
+    if not all(os.environ.get(name) for name in names):
+        return {}
+    host, port, count, index = (os.environ[name] for name in names)
+    return {
+        "coordinator_address": f"{host}:{port}",
+        "num_processes": int(count),
+        "process_id": int(index),
+    }
 
 
 def local_devices() -> list[jax.Device]:
