@@ -124,7 +124,8 @@ def unusable_images():
         "bomb.png": (
             bomb_png(),
             f"Image size ({pixels} pixels) exceeds limit of 178956970 pixels, could be "
-            "decompression bomb DOS attack.; make the image smaller",
+            "decompression bomb DOS attack.; make the image smaller (--mode predict takes it as it is, in "
+            "tiles: --tile=1024)",
         ),
         "film.gif": (gif, "holds 2 pictures; save the one that is meant alone"),
         "float.tif": (

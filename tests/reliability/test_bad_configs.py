@@ -68,7 +68,7 @@ CONFIGS = cases(
         "config has no key 'optm' (did you mean 'optim'?); allowed: seed, num_steps, batch_size, "
         "log_every, eval_every, patience, checkpoint_every, best_metric, keep_latest, resume_changed, "
         "profile_steps, data, "
-        "model, loss, optim, init, inference, eval, parallel, refine, ablate",
+        "model, loss, optim, init, inference, eval, parallel, reporting, refine, ablate",
     ),
     (
         "unknown key of a part",
@@ -156,8 +156,8 @@ CONFIGS = cases(
     (
         "unknown data set",
         {"data.dataset": "camvids"},
-        "no data set 'camvids'; available: camvid, cityscapes, coco_json, image_folder, scene_parse150, "
-        "shapes, voc2012_seg",
+        "no data set 'camvids'; available: annotation_json, camvid, cityscapes, coco_json, "
+        "image_folder, scene_parse150, shapes, voc2012_seg",
     ),
     (
         "no data",

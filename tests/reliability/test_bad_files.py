@@ -303,8 +303,8 @@ def test_labels_that_cannot_be_used_are_refused(set_up, options, message, place)
         (
             "unknown data set",
             ("os",),
-            "no data set 'os'; available: camvid, cityscapes, coco_json, image_folder, scene_parse150, shapes, "
-            "voc2012_seg",
+            "no data set 'os'; available: annotation_json, camvid, cityscapes, coco_json, image_folder, "
+            "scene_parse150, shapes, voc2012_seg",
         ),
         (
             "a name that is a path",
