@@ -309,6 +309,10 @@ def test_on_a_gpu_what_the_kernel_does_not_take_is_refused(a_gpu):
     maps = jnp.full((1, 6, 5, 2), 0.5), jnp.zeros((1, 6, 5, len(offsets)))
     with pytest.raises(ValueError, match="neighbours at distance 128 are too far for a tile"):
         propagate.signed(*maps, offsets, backend="pallas")
+    offsets = affinity.offsets()
+    huge = [jax.ShapeDtypeStruct((1, 8192, 8192, c), np.float32) for c in (19, len(offsets))]
+    with pytest.raises(ValueError, match="are beyond indices of 32 bits"):
+        jax.eval_shape(lambda *x: propagate.signed(*x, offsets, backend="pallas"), *huge)
     offsets = affinity.offsets((1,), ndim=3)
     volume = jnp.full((1, 3, 3, 3, 2), 0.5), jnp.zeros((1, 3, 3, 3, 26))
     with pytest.raises(ValueError, match="maps have 3 spatial dimensions, not one or two"):

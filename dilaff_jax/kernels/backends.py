@@ -14,7 +14,7 @@ from dilaff_jax.errors import UserError
 Backend: TypeAlias = Literal["auto", "xla", "pallas"]
 
 # Bytes of inputs and result from which the kernel for a GPU is known to be ahead of XLA's loops: on
-# an H200 it takes half of their time or less at 5 MB, 39 MB and 78 MB, and a fourth at 587 MB.
+# an H200 it takes under two thirds of their time at 5 to 78 MB, and under a third at 587 MB.
 _LARGE = 2**22
 # Of the chips on which that was measured, Hopper's.
 _MEASURED = "9."

@@ -9,6 +9,7 @@ four rows apart, it reads that once. In Pallas for Mosaic, for Hopper and later 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -127,7 +128,16 @@ def obstacle(probs: Any, guide: Any, scalars: Any, offsets: Any) -> str | None:
     if capability and not (major.isdigit() and int(major) >= 9):
         return f"the GPU is of compute capability {capability}, and the kernel needs 9.0 or more"
     tile = gpu_step.Tile.of(offsets)
-    return tile if isinstance(tile, str) else None
+    if isinstance(tile, str):
+        return tile
+    spatial = (1, *probs.shape[1:-1])[-2:]
+    pixels = math.prod(
+        (-(-n // size) + 2 * border) * size
+        for n, size, border in zip(spatial, tile.size, tile.border, strict=True)
+    )
+    if probs.shape[0] * max(probs.shape[-1], guide.shape[-1]) * pixels >= 2**31:
+        return f"the shapes {probs.shape} and {guide.shape} are beyond indices of 32 bits"
+    return None
 
 
 def _run(
