@@ -361,7 +361,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
     source = save(tmp_path / "in.tif", picture(400, 400), tiled=True, blockxsize=64, blockysize=64)
     source.write_bytes(source.read_bytes()[:-60_000])
     with pytest.raises(DataError, match=r"in\.tif: damaged or cut off"):
-        tile_files.predict(model(), "in", source, writer.Options(tmp_path, tile=64))
+        tile_files.InTiles(model(), writer.Options(tmp_path, tile=64)).predict("in", source)
 
 
 # Interruption.
@@ -424,11 +424,12 @@ def test_memory_is_that_of_a_tile(tmp_path):
         from tests.test_tiles import model, tile_files, writer, picture, save
         folder = pathlib.Path({str(tmp_path)!r})
         save(folder / "small.tif", picture(1100, 1100))
-        tile_files.predict(model(), "small", folder / "small.tif", writer.Options(folder, tile=1024))
+        in_tiles = tile_files.InTiles(model(), writer.Options(folder, tile=1024))
+        in_tiles.predict("small", folder / "small.tif")
         status = pathlib.Path("/proc/self/status").read_text()
         peak = 1024 * int(status.split("VmPeak:")[1].split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (peak + 700 * 2**20,) * 2)
-        tile_files.predict(model(), "in", folder / "in.tif", writer.Options(folder, tile=1024))
+        in_tiles.predict("in", folder / "in.tif")
         print("done")
         try:
             model()(np.zeros((9000, 9000, 3), np.uint8))
@@ -452,7 +453,7 @@ def test_a_disk_without_space_is_said_before_anything_is_computed(tmp_path, monk
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr(tile_files.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match=r"640 x 640 pixels needs 0\.0 GB .* 0\.0 GB are free"):
-        tile_files.predict(model(), "in", source, writer.Options(tmp_path, tile=64))
+        tile_files.InTiles(model(), writer.Options(tmp_path, tile=64)).predict("in", source)
 
 
 # What is refused.

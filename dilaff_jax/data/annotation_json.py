@@ -74,10 +74,8 @@ class Builder(builder.SegmentationBuilder):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, allowed in (("uncovered", (BACKGROUND, "ignore")), ("outside", ("stop", "cut"))):
-            given = getattr(self.options, name)
-            if given not in allowed:
-                raise DataError(f"--{name}={given}: want {' or '.join(map(repr, allowed))}")
+        outlines.check_choice("uncovered", self.options.uncovered, (BACKGROUND, "ignore"))
+        outlines.check_choice("outside", self.options.outside, ("stop", "cut"))
         self._tool = ""
         # A set that is only read back has no source.
         self._items = self._find() if kwargs.get("source") else []
@@ -151,7 +149,7 @@ class Builder(builder.SegmentationBuilder):
                 f"{path}: task {number} has {len(best or done)} annotations; expected one, or one "
                 "that is marked as ground truth"
             )
-        ((said,),) = ([a["result"] for a in best or done],)
+        said = (best or done)[0]["result"]
         regions = [r for r in said if r.get("type") in _AREAS]
         other = {str(r.get("type")) for r in said} - {*_AREAS, "choices", "taxonomy", "textarea"}
         if other:
@@ -198,12 +196,7 @@ class Builder(builder.SegmentationBuilder):
     def read(self, item: Item) -> builder.Example:
         """Draws the shapes of one image, in their order."""
         image, size = images.load_image(item.image, self.options.image_bits)
-        if item.size is not None and size != item.size:
-            raise DataError(
-                f"{item.image}: the image is {size[0]} x {size[1]} (height x width, after any EXIF "
-                f"rotation), its annotation is for {item.size[0]} x {item.size[1]}; annotate the "
-                "image as it is, or export both anew"
-            )
+        outlines.check_size(item.image, size, item.size or size)
         uncovered = 0 if self.options.uncovered == BACKGROUND else IGNORE_LABEL
         label = np.full(size, uncovered, np.uint8)
         for number, said in enumerate(item.said):
@@ -211,18 +204,12 @@ class Builder(builder.SegmentationBuilder):
             name = _label_of(said, item)
             if name != _IGNORED and name not in self.class_names:
                 continue  # --classes leaves it out
-            shape = (
-                _labelme(said, size, where)
-                if "shape_type" in said or "points" in said
-                else (_label_studio(said, size, where))
-            )
-            value = IGNORE_LABEL if name == _IGNORED else self.class_names.index(name)
-            covered = (
-                shape
-                if shape.dtype == bool
-                else outlines.inside_of([shape], size, where, self.options.outside == "cut")
-            )
-            label[covered] = value
+            shape_of = _labelme if "points" in said else _label_studio
+            covered = shape_of(said, size, where)
+            if covered.dtype != bool:
+                cut = self.options.outside == "cut"
+                covered = outlines.inside_of([covered], size, where, cut)
+            label[covered] = IGNORE_LABEL if name == _IGNORED else self.class_names.index(name)
         return builder.Example(item.name, image, size, label, item.image, item.label)
 
 

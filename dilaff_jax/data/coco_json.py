@@ -88,10 +88,8 @@ class Builder(builder.SegmentationBuilder):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, allowed in (("uncovered", (BACKGROUND, "ignore")), ("outside", ("stop", "cut"))):
-            if getattr(self.options, name) not in allowed:
-                given = getattr(self.options, name)
-                raise DataError(f"--{name}={given}: want {' or '.join(map(repr, allowed))}")
+        outlines.check_choice("uncovered", self.options.uncovered, (BACKGROUND, "ignore"))
+        outlines.check_choice("outside", self.options.outside, ("stop", "cut"))
         # A set that is only read back has no source.
         self._files = self._find() if kwargs.get("source") else []
         kinds = {file.panoptic for file in self._files}
@@ -271,12 +269,7 @@ class Builder(builder.SegmentationBuilder):
     def read(self, item: Item) -> builder.Example:
         """Draws the objects of one image, the largest first."""
         image, size = images.load_image(item.image, self.options.image_bits)
-        if size != item.size:
-            raise DataError(
-                f"{item.image}: the image is {size[0]} x {size[1]} (height x width, after any EXIF "
-                f"rotation), its annotation is for {item.size[0]} x {item.size[1]}; annotate the "
-                "image as it is, or export both anew"
-            )
+        outlines.check_size(item.image, size, item.size)
         label = self._panoptic(item) if item.panoptic else self._drawn(item)
         return builder.Example(item.name, image, size, label, item.image, item.label)
 

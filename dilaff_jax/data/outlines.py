@@ -1,5 +1,6 @@
-"""Polygons as pixels, drawn by pycocotools."""
+"""What annotations in JSON share: polygons as pixels, drawn by pycocotools, and checks."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,22 @@ from dilaff_jax.errors import MissingPackageError
 
 # How many pixels a polygon may leave the image by: tools round to the border and beyond.
 _SLACK = 1.0
+
+
+def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
+    """Raises DataError for an option that is none of those allowed."""
+    if given not in allowed:
+        raise DataError(f"--{name}={given}: want {' or '.join(map(repr, allowed))}")
+
+
+def check_size(image: pathlib.Path, size: tuple[int, int], annotated: tuple[int, int]) -> None:
+    """Raises DataError for an image that has not the size of its annotation."""
+    if size != annotated:
+        raise DataError(
+            f"{image}: the image is {size[0]} x {size[1]} (height x width, after any EXIF "
+            f"rotation), its annotation is for {annotated[0]} x {annotated[1]}; annotate the "
+            "image as it is, or export both anew"
+        )
 
 
 def library() -> Any:

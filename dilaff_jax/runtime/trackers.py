@@ -152,7 +152,7 @@ class MLflow:
             import mlflow
             from mlflow import entities
         except ImportError as error:
-            raise _missing("mlflow-skinny") from error
+            raise _missing("mlflow") from error
         self._entities, self._error = entities, mlflow.exceptions.MlflowException
         given, here = os.environ.get("MLFLOW_TRACKING_URI"), workdir.resolve()
         address = given or f"sqlite:///{here / 'mlflow.db'}"
@@ -243,8 +243,7 @@ def begin(
     return [_KINDS[name](workdir, step, options, config) for name in options["writers"]]
 
 
-def _missing(package: str) -> MissingPackageError:
-    extra = package.split("-")[0]
+def _missing(extra: str) -> MissingPackageError:
     return MissingPackageError(
         f"config.reporting.writers names {extra}, which is not installed: "
         f"pip install 'dilaff-jax[{extra}]'"

@@ -106,12 +106,13 @@ def read(path: pathlib.Path, form: Form, size: tuple[int, int]) -> np.ndarray:
         DataError: the file is damaged or holds what cannot be meant.
     """
     if path.suffix.lower() in ARRAYS:
-        logits = np.ascontiguousarray(classes_last(_array(path), path, form), np.float32)
+        logits = np.array(classes_last(mapped(path), path, form), np.float32, order="C")
         check_values(logits, path)
         if are_probabilities(logits):
             logits = logarithm(logits)
     else:
-        logits = of_labels(read_labels(path, form.num_classes), path, form)
+        confidence = confidence_of(path, form)
+        logits = of_labels(read_labels(path, form.num_classes), confidence, form.num_classes)
     _check_size(logits, size, path)
     return logits
 
@@ -135,11 +136,16 @@ def read_labels(
             f"{path}: {label.shape[0]} x {label.shape[1]} pixels; its image has "
             f"{size[0]} x {size[1]}"
         )
+    check_labels(label, num_classes, path)
+    return label.astype(np.uint8)
+
+
+def check_labels(labels: np.ndarray, num_classes: int, path: pathlib.Path) -> None:
+    """Raises DataError for labels that are neither classes 0 to C - 1 nor 255."""
     try:
-        labels_lib.check_values(label, num_classes, IGNORE_LABEL)
+        labels_lib.check_values(labels, num_classes, IGNORE_LABEL)
     except UserError as error:
         raise DataError(f"{path}: {error}") from error
-    return label.astype(np.uint8)
 
 
 def count_classes(path: pathlib.Path, form: Form) -> int:
@@ -147,10 +153,6 @@ def count_classes(path: pathlib.Path, form: Form) -> int:
     if form.layout is None:
         return 0
     return mapped(path).shape[-1 if form.layout == "hwc" else 0]
-
-
-def _array(path: pathlib.Path) -> np.ndarray:
-    return mapped(path).astype(np.float32)
 
 
 def mapped(path: pathlib.Path) -> np.ndarray:
@@ -236,23 +238,23 @@ def are_probabilities(array: np.ndarray) -> bool:
     )
 
 
-def of_labels(labels: np.ndarray, path: pathlib.Path, form: Form) -> np.ndarray:
-    """Logits of labels `[h, w]`, as sure as the form says. Raises DataError where it does not."""
+def confidence_of(path: pathlib.Path, form: Form) -> float:
+    """How sure label maps are. Raises DataError where the form does not say."""
     if form.confidence is None:
         raise DataError(
             f"{path}: a label map says nothing of how sure it is; give --confidence=0.9, the "
             "probability of its classes, or give logits"
         )
-    classes = form.num_classes
-    try:
-        labels_lib.check_values(labels, classes, IGNORE_LABEL)
-    except UserError as error:
-        raise DataError(f"{path}: {error}") from error
+    return form.confidence
+
+
+def of_labels(labels: np.ndarray, confidence: float, classes: int) -> np.ndarray:
+    """Logits of labels `[h, w]`, checked ones, that are so sure: float32 `[h, w, C]`."""
     valid = labels != IGNORE_LABEL
-    rest = (1 - form.confidence) / max(classes - 1, 1)
+    rest = (1 - confidence) / max(classes - 1, 1)
     probs = np.full((*labels.shape, classes), rest, np.float32)
     np.put_along_axis(
-        probs, np.where(valid, labels, 0).astype(np.int64)[..., None], form.confidence, axis=-1
+        probs, np.where(valid, labels, 0).astype(np.int64)[..., None], confidence, axis=-1
     )
     probs[~valid] = 1 / classes
     return np.log(probs)

@@ -43,7 +43,7 @@ class Scores:
     """
 
     def __init__(self, path: pathlib.Path, form: Form, size: Sequence[int]) -> None:
-        self._path, self._form = path, form
+        self._path, self._confidence = path, form.confidence
         if path.suffix.lower() == ".npz":
             raise DataError(f"{path}: windows of a .npz cannot be read; save the array as .npy")
         with contextlib.ExitStack() as opened:
@@ -77,8 +77,8 @@ class Scores:
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """Logits of these values, from the first up to before the second: float32 `[h, w, C]`."""
         values = self._values.read(rows, columns)
-        if values.ndim == 2:
-            return foreign_files.of_labels(values, self._path, self._form)
+        if values.ndim == 2 and self._confidence is not None:
+            return foreign_files.of_labels(values, self._confidence, self.num_classes)
         values = values.astype(np.float32)
         return values if self._is_logarithm else foreign_files.logarithm(values)
 
@@ -91,7 +91,7 @@ class Scores:
         for start in tqdm(starts, desc=f"checking {self._path.name}", unit="rows", leave=False):
             values = self._values.read((start, min(start + rows, height)), (0, width))
             if values.ndim == 2:
-                foreign_files.of_labels(values, self._path, self._form)
+                foreign_files.check_labels(values, classes, self._path)
                 continue
             values = values.astype(np.float32)
             foreign_files.check_values(values, self._path)
@@ -122,6 +122,8 @@ class _Bands:
                 f"{path}: {count} bands of {kind}; expected one of labels, or one of floating "
                 "point for each class"
             )
+        if self._are_labels:
+            foreign_files.confidence_of(path, form)
         classes = form.num_classes or (0 if self._are_labels else count)
         if not self._are_labels and count != classes:
             raise DataError(f"{path}: {count} bands; expected one for each of {classes} classes")

@@ -72,6 +72,7 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
         raise UserError(f"the output {options.output} is a file; give a folder")
     if options.temporal and not movies:
         raise UserError(f"temporal propagation was asked for, but {source} holds no video")
+    in_tiles = tile_files.InTiles(predictor, options) if options.tile else None
     options.output.mkdir(parents=True, exist_ok=True)
     write_classes(options.output, predictor.classes)
     summary = Summary(0, {}, unused(source, options.output))
@@ -79,8 +80,8 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
     with Writer(options) as writer:
         for name, path in tqdm(stills, unit="image", disable=not stills):
             with _reported(path, summary):
-                if options.tile:
-                    tile_files.predict(predictor, name, path, options)
+                if in_tiles is not None:
+                    in_tiles.predict(name, path)
                 else:
                     writer.put(name, predictor(path, refine=options.propagation != "without"))
                 summary.images += 1

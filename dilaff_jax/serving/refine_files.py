@@ -147,12 +147,13 @@ def _in_tiles(
         number = foreign_windows.number_of_classes(first, form)
         classes = classes if number == len(classes.names) else Classes.numbered(number)
     form = dataclasses.replace(form, num_classes=len(classes.names))
+    in_tiles = tile_files.InTiles(predictor, options)
     options.output.mkdir(parents=True, exist_ok=True)
     write_classes(options.output, classes)
     changed = pixels = 0
     for name, path in tqdm(pictures.items(), unit="image"):
         result = given[result_name(source, path)]
-        counts = tile_files.refine(predictor, name, path, options, result, form)
+        counts = in_tiles.refine(name, path, result, form)
         changed, pixels = changed + counts[0], pixels + counts[1]
     return Summary(len(pictures), changed, pixels, {}, {})
 

@@ -5,7 +5,6 @@ disk. Propagation then reads, for each tile, these maps as far around it as it r
 what it would make of all of them at once. Memory depends on the tile, not on the image.
 """
 
-import contextlib
 import hashlib
 import pathlib
 import shutil
@@ -34,80 +33,94 @@ _PICTURE = 2048
 _LABELS, _PLAIN = "labels", "plain"
 
 
-def predict(predictor: Predictor, name: str, path: pathlib.Path, options: Options) -> None:
-    """Segments one file tile by tile; what was interrupted goes on where it was.
+class InTiles:
+    """A model that takes files tile by tile; what was interrupted goes on where it was.
 
     Writes labels/NAME.tif with the georeference of the file and 255 where it has no data, and a
     small picture of the whole.
 
     Args:
-        predictor: with a segmentation.
-        name: of the results.
-        path: of the image.
+        predictor: the model.
         options: `tile` and `margin`, and what is written where.
 
     Raises:
-        DataError: the file cannot be read.
-        UserError: see `tiles.Tiling`; the disk has too little space.
+        UserError: see `tiles.Tiling`.
     """
-    _run(predictor, name, path, options, None, None)
 
+    def __init__(self, predictor: Predictor, options: Options) -> None:
+        self._predictor, self._options = predictor, options
+        self._tiling = tiles.Tiling(predictor, options.tile, options.margin)
+        self._weights = _digest(predictor.network.variables)
 
-def refine(
-    predictor: Predictor,
-    name: str,
-    path: pathlib.Path,
-    options: Options,
-    result: pathlib.Path,
-    form: Form,
-) -> tuple[int, int]:
-    """Refines what another network says of a file, tile by tile, and writes as `predict` does.
+    def predict(self, name: str, path: pathlib.Path) -> None:
+        """Segments one file.
 
-    Args:
-        predictor: with affinities.
-        name: of the results.
-        path: of the image.
-        options: `tile` and `margin`, and what is written where.
-        result: of the other network, see `foreign_windows.Scores`.
-        form: of the result.
+        Args:
+            name: of the results.
+            path: of the image.
 
-    Returns:
-        How many pixels changed, and how many there are.
+        Raises:
+            DataError: the file cannot be read.
+            UserError: the disk has too little space.
+        """
+        with Raster(path) as raster:
+            self._make(name, [path], self._tiling, raster, None)
 
-    Raises:
-        DataError: a file cannot be read, or they do not belong together.
-        UserError: see `tiles.Tiling`; the disk has too little space.
-    """
-    return _run(predictor, name, path, options, result, form)
+    def refine(
+        self, name: str, path: pathlib.Path, result: pathlib.Path, form: Form
+    ) -> tuple[int, int]:
+        """Refines what another network says of one file.
 
+        Args:
+            name: of the results.
+            path: of the image.
+            result: of the other network, see `foreign_windows.Scores`.
+            form: of the result.
 
-def _run(
-    predictor: Predictor,
-    name: str,
-    path: pathlib.Path,
-    options: Options,
-    result: pathlib.Path | None,
-    form: Form | None,
-) -> tuple[int, int]:
-    tiling = tiles.Tiling(predictor, options.tile, options.margin)
-    with contextlib.ExitStack() as opened:
-        raster, scores = opened.enter_context(Raster(path)), None
-        if result is not None and form is not None:
-            scores = opened.enter_context(Scores(result, form, raster.size))
-            tiling = tiling.with_logits_of(scores.stride)
-        key = _key(predictor, tiling, [path] if result is None else [path, result], options)
-        store = tiles.Store(options.output / "tiles" / name, key)
-        job = _Job(predictor, tiling, raster, store, options, scores)
+        Returns:
+            How many pixels changed, and how many there are.
+
+        Raises:
+            DataError: a file cannot be read, or they do not belong together.
+            UserError: the disk has too little space, or tiles are not of whole values.
+        """
+        with Raster(path) as raster, Scores(result, form, raster.size) as scores:
+            tiling = self._tiling.with_logits_of(scores.stride)
+            return self._make(name, [path, result], tiling, raster, scores)
+
+    def _make(
+        self,
+        name: str,
+        paths: Sequence[pathlib.Path],
+        tiling: tiles.Tiling,
+        raster: Raster,
+        scores: Scores | None,
+    ) -> tuple[int, int]:
+        options = self._options
+        store = tiles.Store(options.output / "tiles" / name, self._key(paths, tiling))
+        job = _Job(self._predictor, tiling, raster, store, options, scores)
         job.check_space()
         job.infer()
         job.refine()
         counts = job.write(name)
         store.remove()
-    for left in (options.output / "tiles" / name).parents:
-        if left == options.output or any(left.iterdir()):
-            break
-        left.rmdir()
-    return counts
+        for left in store.folder.parents:
+            if left == options.output or any(left.iterdir()):
+                break
+            left.rmdir()
+        return counts
+
+    def _key(self, paths: Sequence[pathlib.Path], tiling: tiles.Tiling) -> dict[str, Any] | None:
+        """What the maps of a file depend on; None where nobody knows the weights."""
+        if self._weights is None:
+            return None
+        return {
+            "weights": self._weights,
+            "refine": repr(sorted(self._predictor.network.refine.items())),
+            "tile": [tiling.tile, tiling.margin, tiling.halo],
+            "files": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths],
+            "propagation": self._options.propagation,
+        }
 
 
 class _Job:
@@ -301,20 +314,12 @@ def _pick(
     small[np.ix_(*places)] = labels[np.ix_(*sources)]
 
 
-def _key(
-    predictor: Predictor, tiling: tiles.Tiling, paths: Sequence[pathlib.Path], options: Options
-) -> dict[str, Any] | None:
-    """What the maps of a file depend on; None for an exported network, whose weights are inside."""
-    leaves = jax.tree.leaves(predictor.network.variables)
+def _digest(variables: Any) -> str | None:
+    """Of all weights; None for an exported network, which has them inside."""
+    leaves = jax.tree.leaves(variables)
     if not leaves:
         return None
     digest = hashlib.sha256()
     for leaf in leaves:
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    return {
-        "weights": digest.hexdigest(),
-        "refine": repr(sorted(predictor.network.refine.items())),
-        "tile": [tiling.tile, tiling.margin, tiling.halo],
-        "files": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths],
-        "propagation": options.propagation,
-    }
+    return digest.hexdigest()
