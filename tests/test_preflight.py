@@ -114,6 +114,19 @@ def test_the_search_finds_the_largest_batch_in_few_compilations(limit, start, un
         assert low % unit == high % unit == 0
 
 
+def test_the_search_compiles_few_that_fit():
+    # A compiler refuses within seconds, and takes minutes for what hardly fits.
+    tried = []
+
+    def need(rows):
+        tried.append(rows)
+        return Footprint(rows, 2.0 + 0.43 * rows, 15.75)
+
+    fits, fails = run.largest(need, need(2))
+    assert (fits.rows, fails.rows) == (31, 32)
+    assert sum(rows <= 31 for rows in tried[1:]) == 1
+
+
 def test_the_search_survives_memory_that_is_no_line():
     # A compiler spends on speed what memory is left over, and saves near the limit.
     def need(rows):

@@ -32,7 +32,9 @@ from dilaff_jax.step import TrainStep, seed_of
 # The search for the largest batch ends when it is known to this share.
 _RESOLUTION = 1 / 16
 _MOST_COMPILATIONS = 8
-_FARTHEST = 8
+# How far beyond what one measurement predicts the search looks for what is too large: memory that
+# does not grow with the batch makes that prediction too low.
+_BEYOND = 4
 TRAIN = "training step"
 # What the training step would need without `optim.frozen`.
 NOTHING_FROZEN = "nothing frozen"
@@ -204,8 +206,9 @@ def largest(
 ) -> tuple[Footprint | None, Footprint | None]:
     """Finds the largest batch that fits and the smallest found that does not, to 1/16.
 
-    Memory is taken as affine in the batch, through the two sizes measured that are nearest to the
-    limit; what follows from it is compiled, and the next size too.
+    From above: a compiler refuses what is too large within seconds and says what it needs, and
+    takes longest for what hardly fits. Memory is taken as affine in the batch, through the two
+    sizes measured that are nearest to the limit.
 
     Args:
         need: measures a number of images a device.
@@ -220,12 +223,17 @@ def largest(
         fits = max((f for f in known if f.fits), key=lambda f: f.rows, default=None)
         fails = min((f for f in known if not f.fits), key=lambda f: f.rows, default=None)
         low = fits.rows if fits else 0
-        close = fails is not None and fails.rows - low <= max(unit, low * _RESOLUTION)
+        # The gap that may be left, in images.
+        gap = max(unit, int(low * _RESOLUTION) // unit * unit)
+        close = fails is not None and fails.rows - low <= gap
         if close or first.limit is None or len(known) == _MOST_COMPILATIONS:
             return fits, fails
-        # A line is not trusted too far beyond what was measured.
-        rows = min(max(_predict(known, unit), low + unit), _FARTHEST * max(f.rows for f in known))
-        known.append(need(min(rows, fails.rows - unit) if fails else rows))
+        if fails is None:
+            # Measured once: far beyond. Later, from a line: where it would be too large.
+            far = (_BEYOND - 1) * _predict(known, unit) if fits is first else unit
+            known.append(need(max(_predict(known, unit) + far, low + gap)))
+        else:
+            known.append(need(min(max(_predict(known, unit), low + gap), fails.rows - unit)))
 
 
 def _predict(known: list[Footprint], unit: int) -> int:
