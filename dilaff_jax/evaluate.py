@@ -201,6 +201,7 @@ class Evaluation:
                     if settings.predictions:
                         visualize.write_predictions(folder / "predictions", name, view.predictions)
                     if view.index < settings.pictures:
+                        view.image = self._source.picture(view.image)
                         drawn[name] = visualize.strip(view, self._source.colors)
         return device_counts, metrics.add(*host_counts), drawn
 
@@ -308,6 +309,7 @@ def evaluate_run(
     """
     workdir = files.local(workdir, "the workdir")
     settings.check(config)
+    config = datasets.completed(config)
     devices = Devices.of(config.parallel)
     source = datasets.load(config.data, config.data.eval_split)
     model = segmenter.build(segmenter.config_of_run(config), source.num_classes, axis_name=AXIS)

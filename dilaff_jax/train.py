@@ -81,6 +81,7 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
     """Everything that a config says, without writing anything."""
     devices = Devices.of(config.parallel)
     rows = devices.per_process(config.batch_size)
+    config = datasets.completed(config)
     train_source = datasets.load(config.data, config.data.train_split)
     eval_source = datasets.load(config.data, config.data.eval_split)
     if train_source.class_pixels is not None and not train_source.class_pixels.any():
@@ -289,7 +290,7 @@ def _evaluate(
 
 def _first_state(run: _Run, checkpoints: Checkpoints, batches: DevicePrefetch) -> tuple[int, Any]:
     """Step and state to go on from, on all devices; sets the position of `batches`."""
-    shape = (1, *run.config.data.crop_size, 3)
+    shape = (1, *run.config.data.crop_size, run.model.channels)
     seed = seed_of(run.config)
     abstract = jax.eval_shape(lambda: run.train_step.init(shape, seed))
     restored = checkpoints.restore(abstract, batches)
@@ -317,7 +318,7 @@ def _compile(
     mapped = devices.map(_with_token(run.train_step), out=out, donate=True, shared=1)
     started = time.perf_counter()
     example = {
-        "image": np.zeros((run.rows, *crop, 3), np.uint8),
+        "image": np.zeros((run.rows, *crop, run.model.channels), run.train_source.dtype),
         "label": np.zeros((run.rows, *crop), np.uint8),
     }
     compiled = mapped.lower(state, devices.shard(example), seed).compile()

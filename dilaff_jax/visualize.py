@@ -28,7 +28,7 @@ class View:
 
     Attributes:
         index: in its split.
-        image: RGB uint8 `[h, w, 3]`.
+        image: RGB uint8 `[h, w, 3]`; of bands as the batch has it, `[h, w, C]`.
         label: uint8 `[h, w]`, 255 = ignored.
         predictions: {variant: uint8 `[h, w]`}.
         edges: strength of class edges by dilation, uint8 `[h', w', D]`, D = 0 without such a head.

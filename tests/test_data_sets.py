@@ -44,7 +44,8 @@ def labels(source):
 def test_names_lists_every_data_set():
     found = set(datasets.names())
     assert found == {
-        *("annotation_json", "camvid", "cityscapes", "coco_json", "image_folder", "scene_parse150"),
+        *("annotation_json", "band_folder", "camvid", "cityscapes", "coco_json", "image_folder"),
+        "scene_parse150",
         *("shapes", "voc2012_seg"),
     }
 
@@ -52,7 +53,8 @@ def test_names_lists_every_data_set():
 @pytest.mark.parametrize("name", ["camvids", "pipeline", "../shapes", "os", ""])
 def test_unknown_data_sets_are_refused_with_the_list(name):
     with pytest.raises(
-        ValueError, match="available: annotation_json, camvid, cityscapes, coco_json, image_folder"
+        ValueError,
+        match="available: annotation_json, band_folder, camvid, cityscapes, coco_json, image_folder",
     ):
         datasets.builder_class(name)
 

@@ -390,10 +390,10 @@ def test_lists_and_locked_configs_work_as_configs_write_them():
         ({"decoder_options": {"dropout": 1.5}}, r"dropout is 1.5; expected a number in \[0, 1\)"),
         ({"encoder": None}, "encoder is None; expected a name"),
         ({"multi_grid": 3}, "multi_grid is 3; expected positive integers"),
-        ({"encoder_options": {"mean": 127}}, "mean is 127; expected three numbers"),
+        ({"encoder_options": {"mean": 127}}, "mean is 127; expected one number for each channel"),
         (
             {"encoder_options": {"mean": (1.0, 2.0)}},
-            r"mean is \(1.0, 2.0\); expected three numbers",
+            r"mean has 2 numbers and std 3; give one each",
         ),
         ({"decoder": "upernet", "decoder_options": {"scales": (4, "2")}}, "expected numbers"),
     ],

@@ -134,6 +134,7 @@ class Spy:
 
     def __init__(self, source):
         self.source, self.read = source, []
+        self.channels, self.dtype = source.channels, source.dtype
 
     def __len__(self):
         return len(self.source)

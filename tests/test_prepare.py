@@ -104,7 +104,10 @@ def test_help_lists_the_options_of_the_data_set():
     ("arguments", "message"),
     [
         ([], "want --dataset NAME --data_dir DIR"),
-        (["--dataset=nonsense"], "no data set 'nonsense'; available: annotation_json, camvid"),
+        (
+            ["--dataset=nonsense"],
+            "no data set 'nonsense'; available: annotation_json, band_folder, camvid",
+        ),
         (["--dataset=camvid", "--data_dir=x"], "camvid needs --source"),
         (["--dataset=camvid", "--data_dir=x", "--source=/none"], "--source=/none: no such folder"),
         (["--dataset=shapes", "--data_dir=x", "stray"], "unexpected stray"),

@@ -15,10 +15,11 @@ from PIL import Image
 
 import dilaff_jax
 from dilaff_jax import affinity
+from dilaff_jax.data import raster
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
-from dilaff_jax.serving import predict_files, raster, refine_files, tile_files, tiles, writer
+from dilaff_jax.serving import predict_files, refine_files, tile_files, tiles, writer
 from dilaff_jax.serving.foreign_files import Form
 from dilaff_jax.serving.network import Network
 from dilaff_jax.serving.predictor import Geometry, Predictor, Raw

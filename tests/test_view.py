@@ -29,7 +29,9 @@ TRUTH = data_files.classes_map(40, 48)
 @pytest.fixture(scope="module")
 def viewer(tiny_run):
     model = dilaff_jax.load(tiny_run)
-    return view_state.Viewer(model, ["one"], lambda i: view_state.Picture("one", IMAGE, TRUTH))
+    return view_state.Viewer(
+        model, ["one"], lambda i: view_state.Picture("one", IMAGE, TRUTH, IMAGE)
+    )
 
 
 def test_the_page_begins_with_the_refinement_of_the_run(viewer, tiny_run):
@@ -86,7 +88,9 @@ def test_the_weights_of_a_pixel_are_its_cells_affinities_inside_the_image(viewer
 
 def test_a_model_without_affinities_shows_what_there_is(tiny_plain_run):
     model = dilaff_jax.load(tiny_plain_run)
-    plain = view_state.Viewer(model, ["one"], lambda i: view_state.Picture("one", IMAGE, None))
+    plain = view_state.Viewer(
+        model, ["one"], lambda i: view_state.Picture("one", IMAGE, None, IMAGE)
+    )
     assert plain.layers == ["image", "truth", "before"]
     assert plain.initial().layer == "before"
     assert plain.render(plain.initial())[1] == "0.0% of the pixels changed"

@@ -74,7 +74,9 @@ def _input(outputs: Outputs, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities `[h, w, C]` at full size and the image, without padding."""
     probs = network_outputs.probabilities(outputs.logits[index][None], outputs.size)
     height, width = outputs.source.sizes[index]
-    return np.asarray(probs)[0, :height, :width], outputs.source[index]["image"]
+    # Of bands, what people see of them: these rivals go by colours.
+    image = outputs.source.picture(outputs.source[index]["image"])
+    return np.asarray(probs)[0, :height, :width], image
 
 
 def _dense_crf(probs: np.ndarray, image: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:

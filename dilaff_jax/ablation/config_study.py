@@ -33,6 +33,7 @@ from dilaff_jax.ablation import (
     summary,
 )
 from dilaff_jax.ablation.operators import IDENTITY, Candidate
+from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import cost, locks, preemption, provenance, reporting
@@ -49,7 +50,7 @@ def study(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         UserError: the config, or a change of it, cannot be.
         Preempted: the process was asked to stop; what is done is kept.
     """
-    config = ablate_config.complete(config)
+    config = datasets.completed(ablate_config.complete(config))
     todo = runs(config, workdir)
     with preemption.stopping_cleanly(workdir) as training:
         arms.train_all(todo, training)
@@ -166,7 +167,7 @@ def _network(config: ml_collections.ConfigDict, outputs: network_outputs.Outputs
     """What the network costs, at the size of the split's images."""
     model = segmenter.build(segmenter.config_of_run(config), outputs.source.num_classes)
     abstract = segmenter.abstract_variables(model)
-    image = jax.ShapeDtypeStruct((1, *outputs.size, 3), jnp.uint8)
+    image = jax.ShapeDtypeStruct((1, *outputs.size, model.channels), jnp.uint8)
     flops = cost.flops(lambda v, x: model.apply(v, x, train=False), abstract, image)
     return {"parameters": cost.parameters(abstract), "gflop": flops / 1e9}
 

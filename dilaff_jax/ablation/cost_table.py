@@ -15,6 +15,7 @@ from dilaff_jax import baselines, propagate, resize, resume
 from dilaff_jax.ablation import cache, operators
 from dilaff_jax.ablation.analysis import Study
 from dilaff_jax.ablation.operators import IDENTITY, Candidate
+from dilaff_jax.data import datasets
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import cost
 
@@ -46,8 +47,8 @@ def measure(study: Study, workdir: pathlib.Path) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         tqdm.write("measuring what head and propagation cost")
         image = study.source[0]["image"]
-        image = np.asarray(resize.bilinear(image[None], size)).astype(np.uint8)
-        return _measure(any_run.config, study.source.num_classes, image, after, bias, joint)
+        full = np.asarray(resize.bilinear(image[None].astype(np.float32), size))
+        return _measure(any_run.config, study.source, full, after, bias, joint)
 
     return cache.figures(workdir / "cost.json", about, make) | {
         "size": list(size),
@@ -57,13 +58,14 @@ def measure(study: Study, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _measure(
     config: ml_collections.ConfigDict,
-    num_classes: int,
+    source: datasets.Source,
     image: np.ndarray,
     after: Mapping[str, Candidate],
     bias: np.ndarray | None,
     joint: bool,
 ) -> dict[str, Any]:
-    size = image.shape[1:3]
+    size, num_classes = image.shape[1:3], source.num_classes
+    image = image.astype(source.dtype)
     plain = segmenter.config_of_run(config)
     plain.affinity = None
     models = {"baseline": segmenter.build(plain, num_classes)}
@@ -73,7 +75,7 @@ def _measure(
     for name, model in models.items():
         program = functools.partial(_classes, model, size)
         abstract = segmenter.abstract_variables(model)
-        images = jax.ShapeDtypeStruct(image.shape, jnp.uint8)
+        images = jax.ShapeDtypeStruct(image.shape, image.dtype)
         networks[name] = {
             "parameters": cost.parameters(abstract),
             "gflop": cost.flops(program, abstract, images) / 1e9,
@@ -87,7 +89,7 @@ def _measure(
     # After the last network, the one with head if there is one.
     steps = _after(out, models[name].offsets, size, after, bias, networks)
     contenders |= {k: _timed(f, *arguments) for k, (f, arguments) in steps.items()}
-    contenders |= _rivals(out, size, image, after)
+    contenders |= _rivals(out, size, source.picture(image), after)
     seconds = cost.interleaved(contenders, config.ablate.repeats, "timing")
     times = {k: 1000 * s for k, s in cost.median(seconds).items()}
     spread = {k: [1000 * min(s), 1000 * max(s)] for k, s in seconds.items()}

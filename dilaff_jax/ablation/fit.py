@@ -21,6 +21,7 @@ from dilaff_jax import affinity, metrics, schema
 from dilaff_jax.ablation import ablate_config, arms, foreign_outputs, network_outputs, operators
 from dilaff_jax.ablation import selection as selection_lib
 from dilaff_jax.ablation.network_outputs import Outputs
+from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import provenance, refinement, reporting
 from dilaff_jax.serving import network
@@ -51,6 +52,7 @@ def fit_run(
     """
     trained = network.read_config(workdir)
     config, criterion = _settled(trained if config is None else config, criterion)
+    config = datasets.completed(config)
     if config.model.get("segmentation", {}) is None:
         raise UserError(
             f"{workdir} has no segmentation of its own; give another network's, with labels: "

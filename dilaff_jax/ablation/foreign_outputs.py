@@ -12,11 +12,14 @@ from tqdm import tqdm
 
 from dilaff_jax import resize
 from dilaff_jax.ablation.network_outputs import Batch, Outputs
+from dilaff_jax.data import bands
+from dilaff_jax.data.augment import blank
 from dilaff_jax.errors import UserError
 from dilaff_jax.numerics import NEVER
 from dilaff_jax.serving import foreign_files, network, predict_files, refine_files
 from dilaff_jax.serving.foreign_files import Form
-from dilaff_jax.serving.predictor import CELL, read_image
+from dilaff_jax.serving.inputs import read
+from dilaff_jax.serving.predictor import CELL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +35,19 @@ class _Files:
     """Images, results and labels by index, in the form of a `datasets.Source`."""
 
     def __init__(self, inputs: Inputs, form: Form, net: network.Network) -> None:
-        pictures = predict_files.find(inputs.images, inputs.images / ".no_output")
+        suffixes = predict_files.known(net)
+        pictures = predict_files.find(inputs.images, inputs.images / ".no_output", suffixes)
         named = refine_files.by_result(inputs.images, pictures)
         self.names = list(named)
         self.results = foreign_files.find(
             inputs.results, named, "result", refine_files.RESULT_SUFFIXES
         )
         masks = foreign_files.find(inputs.truth, named, "label map", refine_files.MAP_SUFFIXES)
-        self._images, self._masks = named, masks
+        self._images, self._masks, self._bands = named, masks, net.bands
         self.num_classes = refine_files.num_classes(net, self.results, form)
         self.form = dataclasses.replace(form, num_classes=self.num_classes)
-        self.sizes = [read_image(path).shape[:2] for path in tqdm(named.values(), desc="images")]
+        every = tqdm(range(len(named)), desc="images")
+        self.sizes = [self.image(index).shape[:2] for index in every]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -52,8 +57,8 @@ class _Files:
         return {"label": foreign_files.read_labels(mask, self.num_classes, self.sizes[index])}
 
     def image(self, index: int) -> np.ndarray:
-        """RGB uint8."""
-        return read_image(self._images[self.names[index]])
+        """As the network takes it, `[H, W, C]`."""
+        return read(self._images[self.names[index]], self._bands).pixels
 
     def logits(self, index: int) -> np.ndarray:
         """At the size of the image, finite."""
@@ -120,15 +125,13 @@ def compute(
     with bar:
         for start in range(0, len(source), rows):
             own = range(start, min(start + rows, len(source)))
-            canvas = np.empty((rows, *size, 3), np.uint8)
-            canvas[:] = net.pad_rgb
+            canvas = blank((rows, *size, net.channels), net.dtype, net.fill)
             for row, index in enumerate(own):
                 image = source.image(index)
                 canvas[row, : image.shape[0], : image.shape[1]] = image
             if scaled != size:
-                canvas = np.stack(
-                    [cv2.resize(x, scaled[::-1], interpolation=cv2.INTER_AREA) for x in canvas]
-                )
+                to = scaled[0], scaled[1]
+                canvas = np.stack([bands.resized(x, to, cv2.INTER_AREA) for x in canvas])
             found = np.asarray(program(net.variables, canvas).astype(jnp.float16))
             maps.extend(found[: len(own)])
             bar.update(len(own))

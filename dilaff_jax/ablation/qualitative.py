@@ -80,15 +80,15 @@ def _tiles(
 ) -> dict[str, np.ndarray]:
     """{title: RGB picture of the image's size}."""
     example, colors = outputs.source[index], outputs.source.colors
-    truth = example["label"]
+    truth, picture = example["label"], outputs.source.picture(example["image"])
     batch = next(outputs.batches(1, np.array([index])))
     plain = outputs.cut(np.asarray(network_outputs.plain_labels(batch.logits, outputs.size)), index)
     return {
-        "image": example["image"],
+        "image": picture,
         "truth": contact_sheet.paint(truth, colors),
         "before": contact_sheet.paint(plain[0], colors),
         "after": contact_sheet.paint(refined, colors),
-        "changes": visualize.paint_changes(example["image"], truth, plain[0], refined),
+        "changes": visualize.paint_changes(picture, truth, plain[0], refined),
         "edges": _edges(outputs, batch.affinity_logits, index, bias),
     }
 

@@ -20,6 +20,7 @@ from dilaff_jax.ablation import (
     summary,
 )
 from dilaff_jax.ablation.analysis import Study
+from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import locks, preemption, reporting
 
@@ -36,6 +37,7 @@ def ablate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str
     """
     config = ablate_config.complete(config)
     settings.check(config)
+    config = datasets.completed(config)
     ablate_config.check(config)
     operators.grid(config.ablate.grid.to_dict())  # said before anything is trained
     if jax.process_count() > 1:

@@ -8,11 +8,14 @@ the same half-pixel centres, so both stay aligned at any scale.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
+from dilaff_jax.data import bands
+from dilaff_jax.data.bands import Bands
 from dilaff_jax.labels import IGNORE_LABEL
 
 _TRIES = 10  # mmsegmentation's number of crops tried for cat_max_ratio
@@ -40,14 +43,16 @@ class Augmentation:
     flip: float = 0.0
     photometric: bool = False
     pad_rgb: tuple[int, int, int] = (124, 116, 104)
+    bands: Bands | None = None
 
     @classmethod
-    def from_config(cls, config: Any) -> "Augmentation":
-        """Takes its fields from `config.data`."""
-        values: dict[str, Any] = {f.name: config[f.name] for f in dataclasses.fields(cls)}
+    def from_config(cls, config: Any, bands: Bands | None = None) -> "Augmentation":
+        """Takes its fields from `config.data`; `bands` of images that are not RGB."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "bands"]
+        values: dict[str, Any] = {name: config[name] for name in names}
         for key in ("crop_size", "scale_range", "pad_rgb"):  # a config may hold lists
             values[key] = tuple(values[key])
-        return cls(**values)
+        return cls(**values, bands=bands)
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
@@ -55,21 +60,23 @@ class Augmentation:
         """Augments one example.
 
         Args:
-            image: RGB uint8 `[H, W, 3]`, not changed.
+            image: RGB uint8 `[H, W, 3]`, or `[H, W, C]` of `bands`; not changed.
             label: uint8 `[H, W]`, not changed.
             rng: The example's own source of randomness.
 
         Returns:
-            RGB uint8 `[*crop_size, 3]` and uint8 `[*crop_size]`. Beyond the image, at the bottom
-            and right: `pad_rgb`, and 255.
+            `[*crop_size, C]` and uint8 `[*crop_size]`. Beyond the image, at the bottom and right:
+            `pad_rgb` (of bands their means), and 255.
         """
         crop = self.choose(label, rng)
         image, label = cut(image, label, crop)
         if rng.random() < self.flip:
-            image, label = cv2.flip(image, 1), cv2.flip(label, 1)
-        if self.photometric:
+            image, label = np.ascontiguousarray(image[:, ::-1]), cv2.flip(label, 1)
+        if self.photometric and self.bands is None:
             image = photometric(image, rng)
-        return pad(image, label, self.crop_size, self.pad_rgb)
+        elif self.photometric and self.bands is not None:
+            image = bands.photometric(image, self.bands, rng)
+        return pad(image, label, self.crop_size, padding(self.pad_rgb, self.bands))
 
     def choose(self, label: np.ndarray, rng: np.random.Generator) -> Crop:
         """Draws a scale and a crop, again while one class fills more than `cat_max_ratio` of it."""
@@ -117,7 +124,7 @@ def cut(image: np.ndarray, label: np.ndarray, crop: Crop) -> tuple[np.ndarray, n
     label = label[top : top + height, left : left + width]
     if (out_height, out_width) != (height, width):
         size = (out_width, out_height)
-        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+        image = bands.resized(image, (out_height, out_width), cv2.INTER_LINEAR)
         label = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
     return image, label
 
@@ -162,12 +169,28 @@ def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.LUT(image, contrasted) if use[1] and not use[4] else image
 
 
+def padding(pad_rgb: Sequence[int], bands: Bands | None) -> tuple[float, ...]:
+    """What fills an image outside its content: `pad_rgb`, or the means of its bands."""
+    return tuple(pad_rgb) if bands is None else bands.mean
+
+
 def pad(
-    image: np.ndarray, label: np.ndarray, size: tuple[int, int], pad_rgb: tuple[int, int, int]
+    image: np.ndarray, label: np.ndarray, size: tuple[int, int], fill: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pads at the bottom and right to `size`: images with `pad_rgb`, labels with 255."""
-    missing = (0, size[0] - label.shape[0], 0, size[1] - label.shape[1])
-    if any(missing):
-        image = cv2.copyMakeBorder(image, *missing, cv2.BORDER_CONSTANT, value=pad_rgb)
+    """Pads at the bottom and right to `size`: images with `fill`, `[C]`, labels with 255."""
+    height, width = label.shape
+    if (height, width) != tuple(size):
+        wide = blank((*size, image.shape[-1]), image.dtype, fill)
+        wide[:height, :width] = image
+        image = wide
+        missing = (0, size[0] - height, 0, size[1] - width)
         label = cv2.copyMakeBorder(label, *missing, cv2.BORDER_CONSTANT, value=(IGNORE_LABEL,))
     return image, label
+
+
+def blank(shape: Sequence[int], dtype: np.dtype, fill: Sequence[float]) -> np.ndarray:
+    """An image, or a batch of them, of one colour `[C]`; whole numbers are rounded."""
+    colour = np.asarray(fill)
+    image = np.empty(shape, dtype)
+    image[:] = np.rint(colour) if image.dtype.kind in "ui" else colour
+    return image

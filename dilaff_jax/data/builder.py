@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from dilaff_jax.data import folders, images
+from dilaff_jax.data.bands import Bands
 from dilaff_jax.data.images import DataError
 from dilaff_jax.labels import IGNORE_LABEL
 
@@ -105,6 +106,7 @@ class SegmentationBuilder(_Base):
         config_name: Name of the builder config if the data set has a fixed one.
         needs_source: Whether `prepare` must be given a folder of files.
         lists_sources: Whether `splits` only looks for files, and unpacks nothing.
+        has_bands: Whether images are of any bands instead of RGB of 8 bits.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -120,6 +122,7 @@ class SegmentationBuilder(_Base):
     config_name: ClassVar[str | None] = None
     needs_source: ClassVar[bool] = True
     lists_sources: ClassVar[bool] = True
+    has_bands: ClassVar[bool] = False
     # tfds looks for checksums of downloads beside the module, by a package it does not require.
     url_infos: ClassVar[Mapping[str, Any]] = {}
 
@@ -175,6 +178,15 @@ class SegmentationBuilder(_Base):
         """The features of one example; `classes` is its checked label map of class indices."""
         label = images.encode_png(classes)
         return {"image": example.image, "label": label, "name": example.name}
+
+    def measured(self, split: str) -> dict[str, Any]:
+        """What else is to be known of a split, all of whose examples were read."""
+        return {}
+
+    @staticmethod
+    def decode_image(data: bytes, bands: Bands | None) -> np.ndarray:
+        """The image of a record, `[H, W, C]`; of those of `has_bands` `bands` says more."""
+        return images.decode_image(data)
 
     def source_files(self) -> Sequence[pathlib.Path]:
         """The files of `source` on which the records depend.
@@ -262,6 +274,7 @@ class SegmentationBuilder(_Base):
             "class_pixels": pixels[:count].tolist(),
             "class_images": containing[:count].tolist(),
             "ignored_pixels": int(pixels[IGNORE_LABEL]),
+            **self.measured(split),
         }
 
     # Checks.

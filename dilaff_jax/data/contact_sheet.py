@@ -91,7 +91,8 @@ def draw(source: datasets.Source, count: int = 12, side: int = 240) -> np.ndarra
     chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
     tiles = []
     for index in chosen:
-        image, label = source[int(index)]["image"], source[int(index)]["label"]
+        example = source[int(index)]
+        image, label = source.picture(example["image"]), example["label"]
         pictures = (
             _fit(image, side, True),
             _fit(overlay(image, label, source.colors), side, True),

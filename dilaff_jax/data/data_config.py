@@ -86,7 +86,26 @@ KEYS: schema.Section = {
                 schema.is_sequence(v, 3) and all(schema.is_whole(c, 0) and c < 256 for c in v)
             ),
         ),
-        "Colour outside the image. Labels get 255 there.",
+        "Colour outside the image; of bands it is their means. Labels get 255 there.",
+    ),
+    "bands": Key(
+        0,
+        schema.at_least(0, "a number of bands, 0 for what the data set says"),
+        "Number of the images' bands; 0 for RGB of 8 bits. Data sets of bands fill it in, with "
+        "their means and deviations in `model.encoder_options`.",
+    ),
+    "shown_bands": Key(
+        (),
+        Rule(
+            "() or the numbers of one or three bands, from 1, such as (4, 3, 2)",
+            lambda v: (
+                schema.is_sequence(v)
+                and len(v) in (0, 1, 3)
+                and all(schema.is_whole(n, 1) for n in v)
+            ),
+        ),
+        "Which bands pictures show as red, green and blue; () for the first three, or the first. "
+        "Decides nothing else.",
     ),
     "eval_size": Key(
         schema.Unset(tuple),

@@ -16,10 +16,14 @@ from tqdm import tqdm
 
 import dilaff_jax.data
 from dilaff_jax.data import data_config, images
+from dilaff_jax.data.bands import Bands, Moments, with_bands
+from dilaff_jax.data.bands import resized as resized_bands
 from dilaff_jax.data.builder import SegmentationBuilder
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import files
+
+_COLOURS, _BYTES = 3, np.dtype(np.uint8)  # of an image without bands
 
 
 def names() -> list[str]:
@@ -61,7 +65,8 @@ class _Index(NamedTuple):
 class Source:
     """A prepared split as a sequence of examples; picklable, reads on demand.
 
-    `source[i]` is `{"image": uint8 [H, W, 3] RGB, "label": uint8 [H, W]}`, 255 = ignored.
+    `source[i]` is `{"image": uint8 [H, W, 3] RGB, "label": uint8 [H, W]}`, 255 = ignored; of a data
+    set of bands the image is `[H, W, C]` of `dtype`.
 
     Attributes:
         title: Data set and split, for messages.
@@ -71,6 +76,8 @@ class Source:
         sizes: int [N, 2], height and width of each example, after `resize`.
         class_pixels: int64 [num_classes], labelled pixels of each class in the whole split, before
             `resize`; None where the data set was prepared by tfds itself.
+        bands: means and deviations of the images' bands; None where they are RGB of 8 bits.
+        dtype: of the images' numbers.
     """
 
     title: str
@@ -84,12 +91,23 @@ class Source:
     builder: type[SegmentationBuilder]
     resize: float = 1.0
     cache: bool = False
+    bands: Bands | None = None
+    dtype: np.dtype = _BYTES
     _cached: dict[int, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def num_classes(self) -> int:
         """Number of classes, the ignored label not counted."""
         return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """Number of an image's channels, C."""
+        return _COLOURS if self.bands is None else self.bands.count
+
+    def picture(self, image: np.ndarray) -> np.ndarray:
+        """An image of the split for people to look at, RGB uint8 `[H, W, 3]`."""
+        return image if self.bands is None else self.bands.picture(image)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -106,7 +124,7 @@ class Source:
         return example
 
     def _decode(self, record: dict[str, bytes]) -> dict[str, np.ndarray]:
-        image = images.decode_image(record[self.builder.image_key])
+        image = self.builder.decode_image(record[self.builder.image_key], self.bands)
         label = images.decode_label(record[self.builder.label_key])
         if image.shape[:2] != label.shape:
             raise DataError(f"image {image.shape[:2]} and label {label.shape} differ in size")
@@ -114,7 +132,7 @@ class Source:
             label = self.builder.read_lut[label]
         if self.resize != 1:
             height, width = resized(np.array(label.shape), self.resize)
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+            image = resized_bands(image, (height, width), cv2.INTER_AREA)
             label = cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         return {"image": image, "label": label}
 
@@ -154,6 +172,7 @@ def load(config: Any, split: str) -> Source:
         keep = np.flatnonzero(out if held_out else ~out)
         _check_hold_out(config, index.names, keep, split)
     class_names, colors = _classes(stored, builder)
+    bands, dtype = _bands(stored, builder, config)
     source = Source(
         title=title,
         class_names=class_names,
@@ -168,6 +187,8 @@ def load(config: Any, split: str) -> Source:
         builder=builder,
         resize=config.resize,
         cache=config.cache,
+        bands=bands,
+        dtype=dtype,
     )
     _check_cache(source, config)
     return source
@@ -254,6 +275,50 @@ def _classes(stored: Any, builder: type[SegmentationBuilder]) -> tuple[tuple[str
     return tuple(class_names), np.array(colors, np.uint8)
 
 
+def _bands(
+    stored: Any, builder: type[SegmentationBuilder], config: Any
+) -> tuple[Bands | None, np.dtype]:
+    """What is known of the bands, and the type of their numbers; None for RGB of 8 bits."""
+    if not builder.has_bands:
+        if config.bands:
+            raise UserError(
+                f"config.data.bands is {config.bands}, and {config.dataset} holds RGB images of 8 "
+                "bits; leave it at 0"
+            )
+        return None, _BYTES
+    described = stored.info.metadata["splits"]
+    trained = [described[s] for s in config.train_split.split("+") if s in described]
+    measured = [split["bands"] for split in trained or described.values()]
+    together = Moments.joined(measured)
+    # A band that is the same everywhere says nothing, however it is scaled.
+    std = [s or 1.0 for s in together["std"]]
+    bands = Bands.of(together["mean"], std, config.shown_bands)
+    if config.bands not in (0, bands.count):
+        raise UserError(
+            f"config.data.bands is {config.bands}, and the images of {config.dataset} have "
+            f"{bands.count}; leave it at 0, or prepare the data set anew"
+        )
+    return bands, np.dtype(measured[0]["dtype"])
+
+
+def completed(config: Any) -> Any:
+    """The whole config with what its data set says of its images.
+
+    Of a data set of bands: their number (`data.bands`), and their means and deviations, as options
+    of the encoder where it is given none. Any other config is returned as it is.
+
+    Raises:
+        UserError: as `load`.
+    """
+    data = config.data
+    builder = builder_class(data.dataset.partition("/")[0])
+    if not builder.has_bands:
+        return config
+    data_config.check(data)
+    bands, _ = _bands(_open(data, builder), builder, data)
+    return config if bands is None else with_bands(config, bands.mean, bands.std)
+
+
 def _check_hold_out(config: Any, names: Sequence[str], keep: np.ndarray, split: str) -> None:
     unused = [p for p in config.hold_out if not any(name.startswith(p) for name in names)]
     if unused or not len(keep):
@@ -271,7 +336,8 @@ def _memory() -> int:
 
 
 def _check_cache(source: Source, config: Any) -> None:
-    needed = 4 * int(source.sizes.prod(axis=1).sum()) * max(1, config.workers)
+    pixel = source.channels * source.dtype.itemsize + 1
+    needed = pixel * int(source.sizes.prod(axis=1).sum()) * max(1, config.workers)
     if source.cache and needed > 0.7 * _memory():
         raise UserError(
             f"config.data.cache=True needs {needed / 2**30:.1f} GiB for {source.title} with "

@@ -62,7 +62,9 @@ def files_below(root: pathlib.Path, directory: pathlib.Path) -> Iterator[pathlib
         yield from (pathlib.Path(parent, file) for file in sorted(files) if not hidden(file))
 
 
-def image_files(root: pathlib.Path, directory: pathlib.Path) -> dict[str, pathlib.Path]:
+def image_files(
+    root: pathlib.Path, directory: pathlib.Path, suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> dict[str, pathlib.Path]:
     """Image files below `directory`, sorted: {relative path without suffix: file}.
 
     Hidden files and other file types are passed over. Raises DataError for two images of one name
@@ -70,7 +72,7 @@ def image_files(root: pathlib.Path, directory: pathlib.Path) -> dict[str, pathli
     """
     by_name: dict[str, pathlib.Path] = {}
     for path in files_below(root, directory):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if path.suffix.lower() not in suffixes:
             continue
         name = path.relative_to(directory).with_suffix("").as_posix()
         if name in by_name:
@@ -85,6 +87,7 @@ def pair_up(
     labels: pathlib.Path,
     image_suffix: str = "",
     label_suffix: str = "",
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,
 ) -> list[Pair]:
     """Pairs every image with the mask of the same name.
 
@@ -94,6 +97,7 @@ def pair_up(
         labels: Folder of label maps.
         image_suffix: What follows the common name in an image's name (`_leftImg8bit`).
         label_suffix: What follows the common name in a mask's name (`_L`, `_mask`).
+        suffixes: Of files that may be images.
 
     Returns:
         Pairs sorted by name.
@@ -101,7 +105,7 @@ def pair_up(
     Raises:
         DataError: no image at all, or images without a mask (the first five are named).
     """
-    by_name = image_files(root, images)
+    by_name = image_files(root, images, suffixes)
     masks = image_files(root, labels)
     names = {
         n.removesuffix(image_suffix): f
@@ -110,7 +114,7 @@ def pair_up(
         if n.endswith(image_suffix) and not (images == labels and n.endswith(label_suffix))
     }
     if not names:
-        raise DataError(f"{images}: no images named *{image_suffix}{list(IMAGE_SUFFIXES)}")
+        raise DataError(f"{images}: no images named *{image_suffix}{list(suffixes)}")
     missing = [n for n in names if n + label_suffix not in masks]
     if missing:
         first = ", ".join(f"{labels / (n + label_suffix)}.* for {names[n]}" for n in missing[:5])

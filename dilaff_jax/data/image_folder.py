@@ -24,7 +24,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -81,8 +81,9 @@ class Builder(builder.SegmentationBuilder):
     """Splits are the folders found; see the module's docstring."""
 
     name = "image_folder"
-    options_type = FolderOptions
+    options_type: ClassVar[type[builder.Options]] = FolderOptions
     options: FolderOptions
+    image_suffixes: ClassVar[Sequence[str]] = folders.IMAGE_SUFFIXES
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -198,7 +199,8 @@ class Builder(builder.SegmentationBuilder):
             choices.append(mask_dir.removesuffix("labels") + "masks")
         where = folders.folder(self.source, image_dir), folders.folder(self.source, *choices)
         self._folders.update(where)
-        return folders.pair_up(self.source, *where, label_suffix=self._layout.mask_suffix)
+        suffix, suffixes = self._layout.mask_suffix, self.image_suffixes
+        return folders.pair_up(self.source, *where, label_suffix=suffix, suffixes=suffixes)
 
     def _divided(self, pairs: list[Pair]) -> dict[str, list[Pair]]:
         return split_by_name(pairs, self.options.validation_share)
@@ -206,13 +208,17 @@ class Builder(builder.SegmentationBuilder):
     def read(self, item: Pair) -> builder.Example:
         """Reads one pair."""
         image, size = images.load_image(item.image, self.options.image_bits)
-        other = IGNORE_LABEL if self.options.other_colors == "ignore" else None
-        colors = self._values if self._layout.color_masks else None
-        label = images.load_label(item.label, colors, other)
+        label = self.read_mask(item)
         there = images.has_data(item.image)
         if there is not None and there.shape == label.shape:  # other shapes are refused later
             label = np.where(there, label, IGNORE_LABEL)
         return builder.Example(item.name, image, size, label, item.image, item.label)
+
+    def read_mask(self, item: Pair) -> np.ndarray:
+        """The mask of a pair, raw values `[H, W]`."""
+        other = IGNORE_LABEL if self.options.other_colors == "ignore" else None
+        colors = self._values if self._layout.color_masks else None
+        return images.load_label(item.label, colors, other)
 
 
 def split_by_name(items: Sequence[Any], share: float) -> dict[str, list[Any]]:

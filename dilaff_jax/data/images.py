@@ -50,8 +50,8 @@ def _open(path: pathlib.Path, data: bytes) -> Image.Image:
         kind = _tiff_kind(data)
         if kind:
             raise DataError(
-                f"{path}: a TIFF of {kind}, which cannot be read; save it as 8- or 16-bit grey or "
-                "RGB"
+                f"{path}: a TIFF of {kind}, which is no photograph; save it as 8- or 16-bit grey "
+                "or RGB, or prepare all its bands as they are: --dataset band_folder"
             ) from e
         raise DataError(
             f"{path}: not a readable image (truncated or damaged, {len(data)} bytes): {e}"
@@ -107,7 +107,8 @@ def _to_rgb8(picture: Image.Image, data: bytes, path: pathlib.Path, bits: int) -
         raise DataError(
             f"{path}: pixel format {picture.mode!r} is not supported; allowed are 8- and 16-bit "
             "grey, RGB, RGBA, palette and CMYK images. Of other numbers nobody knows which are "
-            "black and white: scale them to 8 or 16 bits"
+            "black and white: scale them to 8 or 16 bits, or prepare them as they are: --dataset "
+            "band_folder"
         )
     depth = _bit_depth(picture, data)
     upright = ImageOps.exif_transpose(picture)

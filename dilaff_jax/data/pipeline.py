@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dilaff_jax.data import datasets
-from dilaff_jax.data.augment import Augmentation, pad
+from dilaff_jax.data.augment import Augmentation, blank, pad, padding
 from dilaff_jax.data.batch_iterator import ENDLESS, Batch, Batches
 from dilaff_jax.errors import UserError
 
@@ -64,11 +64,11 @@ class TrainBatchAt:
     process_count: int = 1
 
     def __call__(self, step: int) -> Batch:
-        """`{"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W]}`, b = batch_size / processes."""
+        """`{"image": [b, H, W, C], "label": uint8 [b, H, W]}`, b = batch_size / processes."""
         rows = self.batch_size // self.process_count
         first = step * self.batch_size + self.process_index * rows
         height, width = self.augmentation.crop_size
-        image = np.empty((rows, height, width, 3), np.uint8)
+        image = np.empty((rows, height, width, self.source.channels), self.source.dtype)
         label = np.empty((rows, height, width), np.uint8)
         for row in range(rows):
             image[row], label[row] = self.example(first + row)
@@ -89,7 +89,8 @@ class TrainBatchAt:
 
     def nbytes(self) -> int:
         """Size of a batch."""
-        return self.batch_size // self.process_count * math.prod(self.augmentation.crop_size) * 4
+        pixels = self.batch_size // self.process_count * math.prod(self.augmentation.crop_size)
+        return pixels * (self.source.channels * self.source.dtype.itemsize + 1)
 
 
 class Group(NamedTuple):
@@ -114,7 +115,7 @@ class EvalBatchAt:
 
     source: datasets.Source
     groups: tuple[Group, ...]
-    pad_rgb: tuple[int, int, int]
+    fill: tuple[float, ...]
     batch_size: int
     process_index: int = 0
     process_count: int = 1
@@ -134,17 +135,16 @@ class EvalBatchAt:
         rows = group.rows // self.process_count
         first = step * group.rows + self.process_index * rows
         batch = {
-            "image": np.empty((rows, *group.size, 3), np.uint8),
+            "image": blank((rows, *group.size, self.source.channels), self.source.dtype, self.fill),
             "label": np.full((rows, *group.size), 255, np.uint8),
             "mask": np.zeros(rows, bool),
             "size": np.zeros((rows, 2), np.int32),
             "index": np.full(rows, -1, np.int32),
         }
-        batch["image"][:] = self.pad_rgb
         for row, index in enumerate(group.indices[first : first + rows]):
             example = self.source[index]
             batch["image"][row], batch["label"][row] = pad(
-                example["image"], example["label"], group.size, self.pad_rgb
+                example["image"], example["label"], group.size, self.fill
             )
             batch["mask"][row], batch["index"][row] = True, index
             batch["size"][row] = example["label"].shape
@@ -156,7 +156,8 @@ class EvalBatchAt:
 
     def nbytes(self) -> int:
         """Size of the largest batch, but for a few bytes."""
-        return max(g.rows * math.prod(g.size) for g in self.groups) // self.process_count * 4
+        pixels = max(g.rows * math.prod(g.size) for g in self.groups) // self.process_count
+        return pixels * (self.source.channels * self.source.dtype.itemsize + 1)
 
 
 def train_batches(
@@ -182,8 +183,8 @@ def train_batches(
         process_count: Of how many.
 
     Returns:
-        Iterator over `{"image": uint8 [b, *crop_size, 3], "label": uint8 [b, *crop_size]}` with
-        b = batch_size / process_count.
+        Iterator over `{"image": [b, *crop_size, C], "label": uint8 [b, *crop_size]}` with
+        b = batch_size / process_count; images are uint8 RGB, or of the source's bands and dtype.
 
     Raises:
         UserError: a batch size that is no multiple of process_count.
@@ -199,7 +200,7 @@ def train_batches(
         )
     batch_at = TrainBatchAt(
         source,
-        Augmentation.from_config(config),
+        Augmentation.from_config(config, source.bands),
         seed,
         batch_size,
         num_batches,
@@ -230,9 +231,10 @@ def eval_batches(
             see `like_sizes`, in batches whose rows are a multiple of this, the number of devices.
 
     Returns:
-        Iterator over `{"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W], "mask": bool [b],
+        Iterator over `{"image": [b, H, W, C], "label": uint8 [b, H, W], "mask": bool [b],
         "size": int32 [b, 2], "index": int32 [b]}`: the image lies at the top left, `size` is its
-        height and width; the rest is `pad_rgb` and 255. Rows with mask False are padding.
+        height and width; the rest is `pad_rgb` (of bands their means) and 255. Rows with mask
+        False are padding.
 
     Raises:
         UserError: a batch size that is no multiple of process_count; an image
@@ -246,7 +248,7 @@ def eval_batches(
     batch_at = EvalBatchAt(
         source,
         groups,
-        tuple(config.pad_rgb),
+        padding(config.pad_rgb, source.bands),
         batch_size,
         process_index,
         process_count,

@@ -5,8 +5,8 @@
     python -m dilaff_jax.export.onnx WORKDIR FILE.onnx --size=512,512 --logits=64,64,19
 
 (Without --no-deps, jax2onnx asks for an older Orbax than training uses; it runs without any.) The
-file takes `images`, float32 RGB in [0, 255], [1, H, W, 3], and gives labels, probs, logits and
-affinity_logits as `dilaff_jax.export` does; batch and size are fixed.
+file takes `images`, float32 RGB in [0, 255] or bands as in their files, [1, H, W, C], and gives
+labels, probs, logits and affinity_logits as `dilaff_jax.export` does; batch and size are fixed.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def write(
         raise MissingPackageError(
             f"{e}; pip install -e '.[onnx]' && pip install --no-deps jax2onnx==0.17.1"
         ) from e
-    inputs = {"images": jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)}
+    inputs = {"images": jax.ShapeDtypeStruct((1, *size, network.channels), jnp.float32)}
     if logits is not None:
         inputs["logits"] = jax.ShapeDtypeStruct((1, *logits), jnp.float32)
     names, function = flattened(network, *inputs.values())

@@ -41,12 +41,13 @@ def write(network: Network, folder: str | os.PathLike) -> dict[str, Any]:
     least = max(1, minimum // multiple)
     converted = jax2tf.convert(
         function,
-        polymorphic_shapes=[f"(b, {multiple}*h, {multiple}*w, 3)"],
+        polymorphic_shapes=[f"(b, {multiple}*h, {multiple}*w, {network.channels})"],
         polymorphic_constraints=[f"h >= {least}", f"w >= {least}"],
         with_gradient=False,
     )
     module = tf.Module()
-    images = tf.TensorSpec((None, None, None, 3), tf.uint8, "images")
+    shape = (None, None, None, network.channels)
+    images = tf.TensorSpec(shape, tf.as_dtype(network.dtype), "images")
     module.segment = tf.function(converted, autograph=False, input_signature=[images])
     tf.saved_model.save(module, os.fspath(folder), signatures=module.segment)
     metadata = stablehlo.describe(network, multiple, minimum)

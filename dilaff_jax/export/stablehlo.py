@@ -71,7 +71,7 @@ def write(
     function = refinement(network) if refiner else program(network)
     multiple, minimum = (1, 1) if size else constraints(network, function, refiner)
     exported = jax_export.export(jax.jit(function), platforms=tuple(platforms))(
-        *_inputs(multiple, minimum, size, refiner)
+        *_inputs(network, multiple, minimum, size, refiner)
     )
     metadata = _signature(exported) | describe(network, multiple, minimum, size)
     with (
@@ -84,7 +84,7 @@ def write(
 
 
 def program(network: Network, platform: str = "any") -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """What is exported: images `[b, H, W, 3]` to labels, probs, logits, affinity_logits.
+    """What is exported: images `[b, H, W, C]` to labels, probs, logits, affinity_logits.
 
     For one platform, "cpu", "gpu" or "tpu", its layers are those that it is fast at; "any"
     holds those of all.
@@ -127,7 +127,7 @@ def refinement(
 ) -> Callable[[jax.Array, jax.Array], dict[str, jax.Array]]:
     """What is exported of a refiner: images and logits to labels, probs, affinity_logits.
 
-    images `[b, H, W, 3]` and another network's logits `[b, h, w, C]`, which cover them at any
+    images `[b, H, W, C]` and another network's logits `[b, h, w, C]`, which cover them at any
     stride, without aligned corners; labels uint8 `[b, H, W]` and probs float32 `[b, H, W, C]` are
     refined. A logit of -inf, a class that is switched off, is taken as -10,000.
 
@@ -164,7 +164,7 @@ def constraints(
     for multiple in _MULTIPLES:
         minimum = _minimum(network, multiple)
         try:
-            jax.eval_shape(function, *_inputs(multiple, minimum, None, refiner))
+            jax.eval_shape(function, *_inputs(network, multiple, minimum, None, refiner))
         except Exception as e:  # JAX raises of many kinds where a shape stays open
             failure = e
         else:
@@ -180,7 +180,7 @@ def _minimum(network: Network, multiple: int) -> int:
     """The least multiple at which the longest offset still has a neighbour inside."""
     if network.offsets is None:
         return multiple
-    sample = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.uint8)
+    sample = network.images(1, 256, 256)
     _, affinity_logits = jax.eval_shape(network.apply, network.variables, sample)
     assert affinity_logits is not None
     pixels = 256 // affinity_logits.shape[1] * (int(np.abs(network.offsets).max()) + 1)
@@ -188,7 +188,7 @@ def _minimum(network: Network, multiple: int) -> int:
 
 
 def _inputs(
-    multiple: int, minimum: int, size: Sequence[int] | None, refiner: int
+    network: Network, multiple: int, minimum: int, size: Sequence[int] | None, refiner: int
 ) -> list[jax.ShapeDtypeStruct]:
     """The images, open in batch, and in height and width unless `size` is given; logits, open."""
     factor = "" if multiple == 1 else f"{multiple}*"
@@ -196,8 +196,8 @@ def _inputs(
     bounds = [] if size else [f"h >= {least}", f"w >= {least}"]
     scope = jax_export.SymbolicScope(bounds)
     area = f"{factor}h, {factor}w" if size is None else f"{size[0]}, {size[1]}"
-    shape = jax_export.symbolic_shape(f"b, {area}, 3", scope=scope)
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.uint8)]
+    shape = jax_export.symbolic_shape(f"b, {area}, {network.channels}", scope=scope)
+    inputs = [jax.ShapeDtypeStruct(shape, network.dtype)]
     if refiner:
         logits = jax_export.symbolic_shape(f"b, p, q, {refiner}", scope=scope)
         inputs.append(jax.ShapeDtypeStruct(logits, jnp.float32))
@@ -217,6 +217,7 @@ def describe(
         "minimum": minimum,
         "size": None if size is None else [int(n) for n in size],
         "pad_rgb": list(network.pad_rgb),
+        "bands": network.bands and network.bands.to_json(),
         "resize": network.resize,
         "classes": network.classes.to_json(),
         "offsets": None if network.offsets is None else network.offsets.tolist(),
@@ -226,10 +227,12 @@ def describe(
 
 def _signature(exported: jax_export.Exported) -> dict[str, Any]:
     names = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    images = exported.in_avals[0]
+    kind = "RGB" if images.dtype == jnp.uint8 else "bands as in the files"
     return {
         "format": FORMAT,
         "platforms": list(exported.platforms),
-        "input": f"images, uint8 {exported.in_avals[0].shape}: RGB; normalised inside",
+        "input": f"images, {images.dtype} {images.shape}: {kind}; normalised inside",
         **(
             {"logits": f"float32 {exported.in_avals[1].shape}: another network's"}
             if len(exported.in_avals) > 1

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from absl import logging
 
-from dilaff_jax.interop import bn_folded, files, layouts, torch_layout
+from dilaff_jax.interop import bn_folded, files, input_bands, layouts, torch_layout
 from dilaff_jax.models import classifier
 
 # A classifier's layers, which a Segmenter has no place for.
@@ -34,7 +34,8 @@ def load_backbone(
     package `efficientnet_lite_pytorch`; for MiT, ConvNeXt and ViT: Hugging Face's or their
     authors', see `layouts`). Its classification head is not read, nor what an encoder says that it
     has no use for (`unused`); what such a file has not (`fresh`) stays as initialised. All else
-    must fit the encoder exactly.
+    must fit the encoder exactly, but for a first convolution for other bands than red, green and
+    blue, see `input_bands`.
 
     Args:
         model: a Segmenter.
@@ -62,6 +63,7 @@ def load_backbone(
     keep = [*keep, *(p for p in fresh if not fnmatch.filter(state, p))]
     if folded:
         state = bn_folded.unfold(alone, part, state)
+    state = input_bands.adapted(alone, part, state)
     part = torch_layout.from_torch(alone, part, state, drop=drop, keep=keep)
     merged = {c: {**tree, **part.get(c, {})} for c, tree in variables.items()}
     if calibration_images is not None:
@@ -108,6 +110,7 @@ def load_model(
     state, drop = _without_prefix(state, drop, names)
     if folded:
         state = bn_folded.unfold(model, variables, state)
+    state = input_bands.adapted(model, variables, state)
     loaded = torch_layout.from_torch(model, variables, state, drop=drop, keep=keep)
     if calibration_images is None:
         return loaded

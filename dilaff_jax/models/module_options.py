@@ -23,10 +23,10 @@ _ALLOWED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
         "a tuple of names",
         lambda v: isinstance(v, tuple) and all(isinstance(x, str) for x in v),
     ),
-    # RGB; `int | float` says that there may be any number of them.
+    # One for each channel of images; `int | float` says that there may be none.
     tuple[float, ...]: (
-        "three numbers",
-        lambda v: isinstance(v, tuple) and len(v) == 3,
+        "one number for each channel of the images, three for RGB",
+        lambda v: isinstance(v, tuple) and bool(v) and all(schema.is_number(x) for x in v),
     ),
     tuple[int | float, ...]: (
         "numbers",

@@ -8,7 +8,8 @@ where `make(**options)` returns a Flax module, and write that name into the conf
 list to enter it in: `build` reads the VARIANTS of every file in the folder. What lies outside this
 package is named "module:attribute". The options of a variant are the module's own fields.
 
-- An encoder has the fields `style`, `output_stride`, `mean` and `std` (RGB in [0, 255]); called
+- An encoder has the fields `style`, `output_stride`, `mean` and `std` (of RGB in [0, 255], or of
+  as many bands as images have); called
   with normalised images and `train` it returns features of nominal stride 2, 4, 8, 16, 32. One
   whose features are of other strides has an attribute `strides`, the nominal stride of each.
 - A decoder has the fields `num_classes` and `style`; called with these features and `train` it
@@ -143,7 +144,8 @@ class Segmenter(nn.Module):
         """Images to scores.
 
         Args:
-            images: RGB in [0, 255], `[B, H, W, 3]`, uint8 or float; normalised here.
+            images: RGB in [0, 255], `[B, H, W, 3]`, or of the encoder's bands, `[B, H, W, C]`, in
+                their units; any numbers, normalised here.
             train: dropout is on and BatchNorm uses the batch.
 
         Returns:
@@ -176,6 +178,11 @@ class Segmenter(nn.Module):
             "affinity_logits": affinities,
             "aux_logits": aux,
         }
+
+    @property
+    def channels(self) -> int:
+        """Of images: 3, or a number of bands."""
+        return len(self.encoder.mean)
 
     @property
     def offsets(self) -> np.ndarray | None:
@@ -250,12 +257,19 @@ def build_encoder(
         if "multi_grid" not in module_options.fields(make):
             raise UserError(f"multi_grid is {multi_grid}, but encoder {name!r} has no such option")
         encoder_options = encoder_options | {"multi_grid": multi_grid}
-    return module_options.make_module(make, given, encoder_options, "encoder_options")
+    encoder: Any = module_options.make_module(make, given, encoder_options, "encoder_options")
+    if len(encoder.mean) != len(encoder.std):
+        raise UserError(
+            f"encoder_options: mean has {len(encoder.mean)} numbers and std {len(encoder.std)}; "
+            "give one each for every channel of the images"
+        )
+    return encoder
 
 
 def abstract_variables(model: nn.Module, size: Sequence[int] = (64, 64)) -> Any:
     """Shapes and dtypes of the variables; `size` is that of the images it is traced with."""
-    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+    encoder: Any = model.encoder
+    images = jax.ShapeDtypeStruct((1, *size, len(encoder.mean)), jnp.uint8)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
@@ -263,10 +277,12 @@ def normalise(images: jax.Array, encoder: nn.Module) -> jax.Array:
     """(images - mean) / std in float32, then the dtype of the computation.
 
     Raises:
-        UserError: `images` are not `[B, H, W, 3]`.
+        UserError: `images` are not `[B, H, W, C]` of as many channels as the encoder has means.
     """
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(f"images have shape {images.shape}; expected RGB [B, H, W, 3]")
+    channels = len(encoder.mean)
+    if images.ndim != 4 or images.shape[-1] != channels:
+        expected = "RGB [B, H, W, 3]" if channels == 3 else f"[B, H, W, {channels}]"
+        raise UserError(f"images have shape {images.shape}; expected {expected}")
     mean, std = (jnp.array(v, jnp.float32) for v in (encoder.mean, encoder.std))
     return ((images.astype(jnp.float32) - mean) / std).astype(encoder.style.dtype)
 

@@ -60,7 +60,7 @@ def infer(
 
     Args:
         apply: the network in evaluation mode.
-        images: `[B, H, W, 3]`.
+        images: `[B, H, W, C]`.
         offsets: of the affinity channels; says how they change places in a mirrored image.
         config: see `KEYS`.
     """
@@ -104,7 +104,7 @@ def _sliding(
     """Averages the logits of overlapping windows; affinities likewise, on their own grid."""
     batch, *size, _ = images.shape
     window = tuple(min(w, n) for w, n in zip(window, size, strict=True))
-    crop = jax.ShapeDtypeStruct((batch, *window, 3), images.dtype)
+    crop = jax.ShapeDtypeStruct((batch, *window, images.shape[-1]), images.dtype)
     shapes = jax.eval_shape(apply, crop)
     logits_shape, affinity_shape = shapes["logits"], shapes["affinity_logits"]
     # Windows begin on the affinity grid, so that its cells of all windows coincide.

@@ -63,12 +63,15 @@ class Programs:
         # Which weights classes have changes nothing that is compiled.
         config = objective.with_class_weights(config, np.ones(num_classes))
         self._config, self._devices, self._eval_size = config, devices, eval_size
-        self._num_classes, self._image = num_classes, (1, *config.data.crop_size, 3)
         self._model = segmenter.build(segmenter.config_of_run(config), num_classes, axis_name=AXIS)
+        channels = self._model.channels
+        self._num_classes, self._image = num_classes, (1, *config.data.crop_size, channels)
         self._tx, _ = optim.optimiser(config.optim, config.num_steps, self._model.encoder)
         self._train = TrainStep(config, self._model, num_classes, self._tx, devices.spread)
         self._eval = EvalStep(config, self._model, num_classes)
         self._seed = seed_of(config)
+        # Bands may be of fewer bits; what floating point needs is enough for all.
+        self._dtype = jnp.float32 if config.data.bands else jnp.uint8
         self._state = jax.eval_shape(lambda: self._train.init(self._image, self._seed))
 
     def all(self, rows: int) -> dict[str, tuple[Callable[[int], Any], int]]:
@@ -127,7 +130,7 @@ class Programs:
     def _batch(self, rows: int, size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (rows * self._devices.total, *size)
         return {
-            "image": jax.ShapeDtypeStruct((*shape, 3), jnp.uint8),
+            "image": jax.ShapeDtypeStruct((*shape, self._model.channels), self._dtype),
             "label": jax.ShapeDtypeStruct(shape, jnp.uint8),
         }
 
@@ -164,7 +167,10 @@ def run(
     slice_devices = chips.devices(topology)
     chip, count = chips.of(slice_devices[0]), len(slice_devices)
     devices = Devices.of(config.parallel, slice_devices)
-    programs = Programs(config, *classes_and_size(config, classes), devices)
+    of_data = classes_and_size(config, classes)
+    if not config.data.bands:  # given by hand where the data set is not prepared
+        config = datasets.completed(config)
+    programs = Programs(config, *of_data, devices)
     print(_heading(topology, chip, count), flush=True)
 
     footprints: dict[str, Footprint] = {}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
+from dilaff_jax.data.bands import Bands
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
 from dilaff_jax.serving.network import Network
@@ -58,4 +59,5 @@ def read(path: str | os.PathLike) -> Network:
         metadata["multiple"],
         metadata["minimum"],
         None if size is None else (size[0], size[1]),
+        Bands.from_json(metadata["bands"]) if metadata.get("bands") else None,
     )

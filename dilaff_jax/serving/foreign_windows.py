@@ -9,9 +9,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 from tqdm import tqdm
 
+from dilaff_jax.data import raster
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
-from dilaff_jax.serving import foreign_files, raster
+from dilaff_jax.serving import foreign_files
 from dilaff_jax.serving.foreign_files import Form
 
 # Bytes that are looked at together where a file is looked through.

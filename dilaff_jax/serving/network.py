@@ -10,6 +10,8 @@ import jax
 import ml_collections
 import numpy as np
 
+from dilaff_jax.data import augment, bands
+from dilaff_jax.data.bands import Bands
 from dilaff_jax.data.class_list import Classes, read_classes
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter, test_time
@@ -37,6 +39,7 @@ class Network:
         multiple: of which height and width must be; 1 for any size.
         minimum: the least height and width.
         size: the only (height, width) that it takes; None for others too.
+        bands: of images that are not RGB of 8 bits but float32 of these; None for RGB.
     """
 
     apply: Apply
@@ -50,6 +53,26 @@ class Network:
     multiple: int = 1
     minimum: int = 1
     size: tuple[int, int] | None = None
+    bands: Bands | None = None
+
+    @property
+    def channels(self) -> int:
+        """Of images."""
+        return 3 if self.bands is None else self.bands.count
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of images."""
+        return np.dtype(np.uint8 if self.bands is None else np.float32)
+
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """What an image has outside its content, `[C]`."""
+        return augment.padding(self.pad_rgb, self.bands)
+
+    def images(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """A batch of images of (batch, height, width)."""
+        return jax.ShapeDtypeStruct((*shape, self.channels), self.dtype)
 
 
 def from_run(
@@ -68,7 +91,7 @@ def from_run(
         FileNotFoundError: `workdir` holds no run.
         UserError: the config is of another model than the checkpoint.
     """
-    config = read_config(workdir) if config is None else config
+    config = read_config(workdir) if config is None else _of_same_bands(config, workdir)
     test_time.check(config.inference)
     classes = classes_of(workdir, config)
     model = segmenter.build(segmenter.config_of_run(config), len(classes.names))
@@ -90,8 +113,29 @@ def from_run(
         model.segmentation,
         config.data.resize,
         tuple(config.data.pad_rgb),
+        bands=_bands(config, model),
     )
     return network, model, step
+
+
+def _of_same_bands(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ml_collections.ConfigDict:
+    """The config with the bands that the run in `workdir` found in its data set."""
+    if config.data.get("bands", 0) or not (workdir / "config.json").is_file():
+        return config
+    trained = read_config(workdir)
+    if not trained.data.get("bands", 0):
+        return config
+    options = trained.model.encoder_options
+    return bands.with_bands(config, options.mean, options.std)
+
+
+def _bands(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -> Bands | None:
+    if not config.data.get("bands", 0):  # as in runs of before there were any
+        return None
+    encoder: Any = model.encoder
+    return Bands.of(encoder.mean, encoder.std, config.data.shown_bands)
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

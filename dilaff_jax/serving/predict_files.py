@@ -22,15 +22,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dilaff_jax.data import folders, source_record
+from dilaff_jax.data import bands, folders, source_record
+from dilaff_jax.data.bands import ARRAY_SUFFIXES
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.serving import tile_files
+from dilaff_jax.serving.network import Network
 from dilaff_jax.serving.predictor import PROGRAMS, Predictor, Result
 from dilaff_jax.serving.video import SUFFIXES, Video, VideoWriter, propagate_in_time
 from dilaff_jax.serving.writer import Options, Writer, write_classes
-
-_KNOWN = (*folders.IMAGE_SUFFIXES, *SUFFIXES)
 
 
 @dataclasses.dataclass
@@ -65,7 +65,8 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
             "this model is an affinity network by itself, without a segmentation; give it that of "
             "another network: --mode refine"
         )
-    files = find(source, options.output)
+    suffixes = known(predictor.network)
+    files = find(source, options.output, suffixes)
     check_targets(files, options)
     movies = {n: p for n, p in files.items() if p.suffix.lower() in SUFFIXES}
     if options.output.exists() and not options.output.is_dir():
@@ -75,8 +76,8 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
     in_tiles = tile_files.InTiles(predictor, options) if options.tile else None
     options.output.mkdir(parents=True, exist_ok=True)
     write_classes(options.output, predictor.classes)
-    summary = Summary(0, {}, unused(source, options.output))
-    stills = by_size({n: p for n, p in files.items() if n not in movies})
+    summary = Summary(0, {}, unused(source, options.output, suffixes))
+    stills = by_size({n: p for n, p in files.items() if n not in movies}, predictor.network)
     with Writer(options) as writer:
         for name, path in tqdm(stills, unit="image", disable=not stills):
             with _reported(path, summary):
@@ -91,7 +92,15 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
     return summary
 
 
-def find(source: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
+def known(network: Network) -> Sequence[str]:
+    """Suffixes of what a network takes: images and videos; of bands, images and arrays."""
+    own = SUFFIXES if network.bands is None else ARRAY_SUFFIXES
+    return (*folders.IMAGE_SUFFIXES, *own)
+
+
+def find(
+    source: pathlib.Path, output: pathlib.Path, suffixes: Sequence[str]
+) -> dict[str, pathlib.Path]:
     """{name: file} of a file, or of the images and videos below a folder, in order of names.
 
     What is in `output` is passed over, and so are hidden files. A file keeps its suffix in its name
@@ -108,9 +117,9 @@ def find(source: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
         raise FileNotFoundError(f"{source} does not exist; give an image, a video or a folder")
     if source.resolve() == output.resolve():
         raise UserError(f"input and output are both {source}; give another folder as output")
-    paths = [p for p in _walk(source, output) if p.suffix.lower() in _KNOWN]
+    paths = [p for p in _walk(source, output) if p.suffix.lower() in suffixes]
     if not paths:
-        raise UserError(f"{source} holds no image or video; known are {', '.join(_KNOWN)}")
+        raise UserError(f"{source} holds no image or video; known are {', '.join(suffixes)}")
     full = {p.relative_to(source).as_posix(): p for p in paths}
     stems = [pathlib.PurePosixPath(name).with_suffix("").as_posix() for name in full]
     times = collections.Counter(stems)
@@ -122,11 +131,13 @@ def find(source: pathlib.Path, output: pathlib.Path) -> dict[str, pathlib.Path]:
     }
 
 
-def unused(source: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
+def unused(
+    source: pathlib.Path, output: pathlib.Path, suffixes: Sequence[str]
+) -> list[pathlib.Path]:
     """The files below a folder that are neither images nor videos, hidden ones left out."""
     if source.is_file():
         return []
-    return [p for p in _walk(source, output) if p.suffix.lower() not in _KNOWN]
+    return [p for p in _walk(source, output) if p.suffix.lower() not in suffixes]
 
 
 def _walk(source: pathlib.Path, output: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -173,9 +184,9 @@ def check_targets(files: dict[str, pathlib.Path], options: Options) -> None:
                 )
 
 
-def by_size(files: dict[str, pathlib.Path]) -> list[tuple[str, pathlib.Path]]:
+def by_size(files: dict[str, pathlib.Path], network: Network) -> list[tuple[str, pathlib.Path]]:
     """Files of one size behind one another, so that each program is compiled once."""
-    sizes = {name: _size(path) for name, path in files.items()}
+    sizes = {name: _size(path, network.bands is not None) for name, path in files.items()}
     different = len(set(sizes.values()))
     if different > PROGRAMS:
         tqdm.write(
@@ -185,9 +196,11 @@ def by_size(files: dict[str, pathlib.Path]) -> list[tuple[str, pathlib.Path]]:
     return sorted(files.items(), key=lambda item: sizes[item[0]])
 
 
-def _size(path: pathlib.Path) -> tuple[int, int]:
+def _size(path: pathlib.Path, has_bands: bool = False) -> tuple[int, int]:
     """Width and height from the header; (0, 0) if there is none, which is reported later."""
     try:
+        if has_bands:
+            return bands.size_of(path)[::-1]
         with Image.open(path) as picture:
             return picture.size
     except Exception:  # Pillow's parsers raise nearly anything on broken files

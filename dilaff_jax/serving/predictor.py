@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, overload
 
 import cv2
 import jax
@@ -17,20 +17,21 @@ import ml_collections
 import numpy as np
 
 from dilaff_jax import propagate, resize, visualize
-from dilaff_jax.data import contact_sheet, images
+from dilaff_jax.data import bands, contact_sheet
+from dilaff_jax.data.augment import blank
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
 from dilaff_jax.interop import hub
+from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.runtime.refinement import Use
-from dilaff_jax.serving import foreign
+from dilaff_jax.serving import foreign, inputs
+from dilaff_jax.serving.inputs import ImageLike, Seen
 from dilaff_jax.serving.network import Network, from_run
 
 # Compiled programs that are kept; each belongs to one size of image.
 PROGRAMS = 8
 # The coarsest stride of any encoder: on multiples of it all grids of a network coincide.
 CELL = 32
-
-ImageLike: TypeAlias = str | os.PathLike | np.ndarray
 
 
 class Geometry(NamedTuple):
@@ -63,7 +64,7 @@ class Result:
     """What was found in one image of H x W pixels.
 
     Attributes:
-        image: RGB uint8 `[H, W, 3]`.
+        image: RGB uint8 `[H, W, 3]`; of bands a picture of them.
         labels: class indices, uint8 `[H, W]`; refined, where the model has an affinity head.
         plain: the same without refinement.
         classes: names and colours.
@@ -159,7 +160,9 @@ class Predictor:
         """Segments one image, or each of a list.
 
         Args:
-            image: a file, or RGB uint8 `[H, W, 3]`; or a list or tuple of such.
+            image: a file, or RGB uint8 `[H, W, 3]`; of a model of bands, `[H, W, C]` of any numbers
+                in the units of the images it was trained on, NaN for no data (255 in the result);
+                or a list or tuple of such.
             refine: propagate along the affinities, where there is a head.
 
         Returns:
@@ -176,10 +179,14 @@ class Predictor:
             )
         if isinstance(image, list | tuple):
             return [self(one, refine=refine) for one in image]
-        pixels = read_image(image)
-        raw = self.infer(pixels)
+        seen = self.read(image)
+        raw = self.infer(seen.pixels)
         change = self.correction(raw) if refine and self.has_affinity else None
-        return self.finish(pixels, raw, change)
+        return _where_seen(self.finish(seen.picture, raw, change), seen)
+
+    def read(self, image: ImageLike) -> Seen:
+        """The image of a file or an array, as the network takes it; see `inputs.read`."""
+        return inputs.read(image, self.network.bands)
 
     def refine(
         self,
@@ -192,7 +199,7 @@ class Predictor:
         """Refines what another network says of an image, along the affinities of this one.
 
         Args:
-            image: a file, or RGB uint8 `[H, W, 3]`.
+            image: as for a call.
             logits: of the other network, `[h, w, C]` of any stride, floating point; NumPy, JAX or
                 torch; -inf where a class is never. (Probabilities p: their logarithm.)
             channels_first: they are `[C, h, w]`.
@@ -207,26 +214,26 @@ class Predictor:
         """
         if not self.has_affinity:
             raise UserError("this model has no affinity head, so it cannot refine")
-        pixels = read_image(image)
+        seen = self.read(image)
         scores = foreign.one_image(logits, channels_first)
         classes = foreign.classes(scores, self.network)
-        raw = self.infer(pixels)
+        raw = self.infer(seen.pixels)
         if align_corners:
             size = raw.geometry.original
             scores = resize.bilinear_logits(scores, size, align_corners=True)
         placed = foreign.on_canvas(scores, raw.geometry.scaled, raw.geometry.canvas)
         change = self.correction(raw._replace(logits=placed), finite=False)
-        result = self.finish(pixels, raw._replace(logits=scores), change, own=False)
-        return dataclasses.replace(result, classes=classes)
+        result = self.finish(seen.picture, raw._replace(logits=scores), change, own=False)
+        return _where_seen(dataclasses.replace(result, classes=classes), seen)
 
     def infer(self, image: np.ndarray) -> Raw:
-        """Runs the network alone on RGB uint8 `[H, W, 3]`."""
+        """Runs the network alone on `Seen.pixels`, `[H, W, C]`."""
         geometry = self.geometry(image.shape[:2])
         rows, columns = geometry.scaled
         if geometry.scaled != geometry.original:
-            image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA)
-        canvas = np.empty((*geometry.canvas, 3), np.uint8)
-        canvas[:] = self.network.pad_rgb
+            image = bands.resized(image, (rows, columns), cv2.INTER_AREA)
+        network = self.network
+        canvas = blank((*geometry.canvas, network.channels), network.dtype, network.fill)
         canvas[:rows, :columns] = image
         logits, affinity_logits = self._programs(geometry.canvas)(
             self.network.variables, canvas[None]
@@ -293,7 +300,7 @@ class Predictor:
         return Geometry((size[0], size[1]), (scaled[0], scaled[1]), (canvas[0], canvas[1]))
 
     def _compile(self, canvas: tuple[int, int]) -> Any:
-        images = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.uint8)
+        images = self.network.images(1, *canvas)
         return jax.jit(self.network.apply).lower(self.network.variables, images).compile()
 
 
@@ -337,23 +344,12 @@ def load(
     return Predictor(network, pad=pad, resize=resize)
 
 
-def read_image(image: ImageLike) -> np.ndarray:
-    """RGB uint8 `[H, W, 3]` of a file (EXIF orientation applied), or of an array as it is.
-
-    Raises:
-        DataError: the file is not a readable image.
-        UserError: the array is not RGB uint8 `[H, W, 3]`.
-    """
-    if isinstance(image, str | os.PathLike):
-        return images.decode_image(images.load_image(image)[0])
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
-        raise UserError(
-            f"image has shape {pixels.shape} and dtype {pixels.dtype}; expected RGB uint8 "
-            "[H, W, 3] (grey: repeat the channel; floats in [0, 1]: multiply by 255; OpenCV's "
-            "BGR: image[..., ::-1])"
-        )
-    return pixels
+def _where_seen(result: Result, seen: Seen) -> Result:
+    """The result, ignored where the image has no data."""
+    if seen.there is not None:
+        for labels in (result.labels, result.plain):
+            labels[~seen.there] = IGNORE_LABEL
+    return result
 
 
 @functools.partial(jax.jit, static_argnames=("geometry", "grid", "own"))

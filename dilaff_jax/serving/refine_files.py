@@ -22,7 +22,7 @@ from dilaff_jax.runtime import files, provenance, reporting
 from dilaff_jax.serving import foreign_files, foreign_windows, predict_files, tile_files
 from dilaff_jax.serving.foreign_files import ARRAYS, Form
 from dilaff_jax.serving.network import Network
-from dilaff_jax.serving.predictor import Predictor, Result, read_image
+from dilaff_jax.serving.predictor import Predictor, Result
 from dilaff_jax.serving.video import SUFFIXES
 from dilaff_jax.serving.writer import Options, Writer, write_classes
 
@@ -94,7 +94,8 @@ def refine(
     if options.propagation == "without":
         raise UserError("--mode refine refines: give --propagation=with or both")
     options = predict_files.settled(options, predictor)
-    pictures = predict_files.find(source, options.output)
+    suffixes = predict_files.known(predictor.network)
+    pictures = predict_files.find(source, options.output, suffixes)
     clips = [path.name for path in pictures.values() if path.suffix.lower() in SUFFIXES]
     if clips:
         raise UserError(f"{', '.join(clips[:3])}: a video; give its frames as images")
@@ -112,7 +113,7 @@ def refine(
     options.output.mkdir(parents=True, exist_ok=True)
     counts, changed, pixels, classes = None, 0, 0, None
     with Writer(options) as writer:
-        for name, path in tqdm(predict_files.by_size(pictures), unit="image"):
+        for name, path in tqdm(predict_files.by_size(pictures, predictor.network), unit="image"):
             own = result_name(source, path)
             result = _refined(predictor, path, given[own], form)
             if classes is None:
@@ -206,10 +207,10 @@ def num_classes(network: Network, given: Mapping[str, pathlib.Path], form: Form)
 
 
 def _refined(predictor: Predictor, image: pathlib.Path, result: pathlib.Path, form: Form) -> Result:
-    pixels = read_image(image)
-    logits = foreign_files.read(result, form, pixels.shape[:2])
+    seen = predictor.read(image)
+    logits = foreign_files.read(result, form, seen.pixels.shape[:2])
     try:
-        return predictor.refine(pixels, logits, align_corners=form.align_corners)
+        return predictor.refine(seen, logits, align_corners=form.align_corners)
     except UserError as error:
         raise DataError(f"{result}: {error}") from error
 

@@ -18,14 +18,16 @@ from tqdm import tqdm
 
 from dilaff_jax import resize
 from dilaff_jax.data import contact_sheet
+from dilaff_jax.data.augment import blank
 from dilaff_jax.data.class_list import Classes
+from dilaff_jax.data.raster import label_file
 from dilaff_jax.errors import UserError
 from dilaff_jax.labels import IGNORE_LABEL
-from dilaff_jax.serving import foreign, tiles
+from dilaff_jax.serving import foreign, inputs, tiles
 from dilaff_jax.serving.foreign_files import Form
 from dilaff_jax.serving.foreign_windows import Scores
+from dilaff_jax.serving.inputs import Windows
 from dilaff_jax.serving.predictor import Geometry, Predictor, Raw
-from dilaff_jax.serving.raster import Raster, label_file
 from dilaff_jax.serving.writer import Options, write_png
 
 # The longer side of the picture that shows the whole.
@@ -63,7 +65,7 @@ class InTiles:
             DataError: the file cannot be read.
             UserError: the disk has too little space.
         """
-        with Raster(path) as raster:
+        with inputs.windows(path, self._predictor.network.bands) as raster:
             self._make(name, [path], self._tiling, raster, None)
 
     def refine(
@@ -84,7 +86,10 @@ class InTiles:
             DataError: a file cannot be read, or they do not belong together.
             UserError: the disk has too little space, or tiles are not of whole values.
         """
-        with Raster(path) as raster, Scores(result, form, raster.size) as scores:
+        with (
+            inputs.windows(path, self._predictor.network.bands) as raster,
+            Scores(result, form, raster.size) as scores,
+        ):
             tiling = self._tiling.with_logits_of(scores.stride)
             return self._make(name, [path, result], tiling, raster, scores)
 
@@ -93,7 +98,7 @@ class InTiles:
         name: str,
         paths: Sequence[pathlib.Path],
         tiling: tiles.Tiling,
-        raster: Raster,
+        raster: Windows,
         scores: Scores | None,
     ) -> tuple[int, int]:
         options = self._options
@@ -130,7 +135,7 @@ class _Job:
         self,
         predictor: Predictor,
         tiling: tiles.Tiling,
-        raster: Raster,
+        raster: Windows,
         store: tiles.Store,
         options: Options,
         scores: Scores | None,
@@ -242,8 +247,9 @@ class _Job:
 
     def _pixels(self, rows: tiles.Span, columns: tiles.Span) -> np.ndarray:
         """A window of the image; filled beyond it and where it has no data."""
-        window = np.empty((rows.length, columns.length, 3), np.uint8)
-        window[:] = self._predictor.network.pad_rgb
+        network = self._predictor.network
+        shape = (rows.length, columns.length, network.channels)
+        window = blank(shape, network.dtype, network.fill)
         height, width = self._raster.size
         inner = (rows.first, min(rows.last, height)), (columns.first, min(columns.last, width))
         pixels, there = self._raster.read(*inner), self._raster.is_there(*inner)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dilaff_jax import affinity, propagate
@@ -204,7 +203,7 @@ class Tiling:
 def _strides(network: Network) -> dict[str, int]:
     # Of 14 and of all powers of two up to 64, so that it is a whole number of any stride.
     height, width = network.size or (448, 448)
-    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    image = network.images(1, height, width)
     maps = dict(zip((LOGITS, AFFINITY), jax.eval_shape(network.apply, network.variables, image)))  # noqa: B905
     strides = {}
     for kind, shape in maps.items():

@@ -18,7 +18,7 @@ from dilaff_jax import visualize
 from dilaff_jax.data import datasets
 from dilaff_jax.errors import MissingPackageError, UserError
 from dilaff_jax.serving import predict_files, video
-from dilaff_jax.serving.predictor import Predictor, read_image
+from dilaff_jax.serving.predictor import Predictor
 from dilaff_jax.serving.view_state import Picture, Settings, Viewer, Weight
 
 HOST = "127.0.0.1"
@@ -29,15 +29,18 @@ def of_files(predictor: Predictor, folder: pathlib.Path) -> Viewer:
     """A viewer of an image, or of the images below a folder. Raises as `predict.find`."""
     files = {
         name: path
-        for name, path in predict_files.find(folder, pathlib.Path("/nowhere")).items()
+        for name, path in predict_files.find(
+            folder, pathlib.Path("/nowhere"), predict_files.known(predictor.network)
+        ).items()
         if path.suffix.lower() not in video.SUFFIXES
     }
     paths = list(files.values())
-    return Viewer(
-        predictor,
-        list(files),
-        lambda i: Picture(list(files)[i], read_image(paths[i]), None),
-    )
+
+    def open_picture(index: int) -> Picture:
+        seen = predictor.read(paths[index])
+        return Picture(list(files)[index], seen.picture, None, seen.pixels)
+
+    return Viewer(predictor, list(files), open_picture)
 
 
 def of_source(predictor: Predictor, source: datasets.Source) -> Viewer:
@@ -45,7 +48,9 @@ def of_source(predictor: Predictor, source: datasets.Source) -> Viewer:
 
     def open_picture(index: int) -> Picture:
         example = source[index]
-        return Picture(source.names[index], example["image"], example["label"])
+        image = example["image"]
+        pixels = image.astype(predictor.network.dtype)
+        return Picture(source.names[index], source.picture(image), example["label"], pixels)
 
     return Viewer(predictor, source.names, open_picture)
 

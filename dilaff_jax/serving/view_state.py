@@ -16,11 +16,12 @@ from dilaff_jax.serving.predictor import Predictor, Raw, Result
 
 
 class Picture(NamedTuple):
-    """RGB uint8 `[H, W, 3]`, and its labels uint8 `[H, W]` if they are known."""
+    """RGB uint8 `[H, W, 3]`, labels uint8 `[H, W]` if they are known, what the network takes."""
 
     name: str
     image: np.ndarray
     truth: np.ndarray | None
+    pixels: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Viewer:
         ]
 
     def _infer(self, picture: Picture) -> tuple[Picture, Raw]:
-        return picture, self.predictor.infer(picture.image)
+        return picture, self.predictor.infer(picture.pixels)
 
     def _layer(self, settings: Settings, picture: Picture, result: Result) -> np.ndarray:
         layer, colors = settings.layer, result.classes.colors

@@ -132,7 +132,7 @@ def unusable_images():
             tiff,
             "pixel format 'F' is not supported; allowed are 8- and 16-bit grey, RGB, RGBA, palette "
             "and CMYK images. Of other numbers nobody knows which are black and white: scale them "
-            "to 8 or 16 bits",
+            "to 8 or 16 bits, or prepare them as they are: --dataset band_folder",
         ),
     }
 

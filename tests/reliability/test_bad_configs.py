@@ -156,7 +156,7 @@ CONFIGS = cases(
     (
         "unknown data set",
         {"data.dataset": "camvids"},
-        "no data set 'camvids'; available: annotation_json, camvid, cityscapes, coco_json, "
+        "no data set 'camvids'; available: annotation_json, band_folder, camvid, cityscapes, coco_json, "
         "image_folder, scene_parse150, shapes, voc2012_seg",
     ),
     (

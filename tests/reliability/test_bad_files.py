@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dilaff_jax.data import image_folder, images, prepare, shapes
-from dilaff_jax.serving.predictor import read_image
+from dilaff_jax.serving.inputs import read_image
 from tests import data_files
 from tests.data_files import classes_map, picture
 from tests.reliability import bad_files
@@ -303,7 +303,7 @@ def test_labels_that_cannot_be_used_are_refused(set_up, options, message, place)
         (
             "unknown data set",
             ("os",),
-            "no data set 'os'; available: annotation_json, camvid, cityscapes, coco_json, image_folder, "
+            "no data set 'os'; available: annotation_json, band_folder, camvid, cityscapes, coco_json, image_folder, "
             "scene_parse150, shapes, voc2012_seg",
         ),
         (

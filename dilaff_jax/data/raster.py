@@ -29,6 +29,7 @@ class Bands:
         size: height and width.
         count: of bands.
         dtype: of their numbers.
+        no_data: of each band the value that stands for it, None for none.
 
     Raises:
         UserError: rasterio is not installed.
@@ -47,6 +48,7 @@ class Bands:
                 raise DataError(f"{path}: bands of different numbers, {', '.join(kinds)}")
             self.dtype = np.dtype(kinds[0])
             self.count: int = self._file.count
+            self.no_data: tuple[float | None, ...] = self._file.nodatavals
             self.size: tuple[int, int] = (self._file.height, self._file.width)
             self._check()
         except self._library.errors.RasterioError as error:
@@ -67,9 +69,30 @@ class Bands:
     ) -> None:
         self._open.close()
 
+    @property
+    def all(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Its rows and columns, for `read`."""
+        return (0, self.size[0]), (0, self.size[1])
+
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """All bands of these rows and columns, from the first up to before the second."""
         return np.moveaxis(self._read(None, window=self._window(rows, columns)), 0, -1)
+
+    def reduced(self, height: int, width: int) -> np.ndarray:
+        """All bands of the whole at another size."""
+        return np.moveaxis(self._read(None, out_shape=(self.count, height, width)), 0, -1)
+
+    def georeference(self) -> dict[str, Any]:
+        """What says where on earth the pixels lie, in rasterio's terms; {} where nothing does."""
+        given: dict[str, Any] = {}
+        if not self._file.transform.is_identity:
+            given["transform"] = self._file.transform
+        points, reference = self._file.gcps
+        if points:
+            given["gcps"] = points
+        if self._file.crs or reference:
+            given["crs"] = self._file.crs or reference
+        return given
 
     def _check(self) -> None:
         """Raises DataError for bands that are not meant."""
@@ -113,18 +136,6 @@ class Raster(Bands):
         factor = min(1.0, longest / max(self.size))
         height, width = (max(1, round(factor * n)) for n in self.size)
         return self._colours(out_shape=(self._colour_bands(), height, width))
-
-    def georeference(self) -> dict[str, Any]:
-        """What says where on earth the pixels lie, in rasterio's terms; {} where nothing does."""
-        given: dict[str, Any] = {}
-        if not self._file.transform.is_identity:
-            given["transform"] = self._file.transform
-        points, reference = self._file.gcps
-        if points:
-            given["gcps"] = points
-        if self._file.crs or reference:
-            given["crs"] = self._file.crs or reference
-        return given
 
     def _check(self) -> None:
         if self._file.tags().get("EXIF_Orientation", "1") != "1":
@@ -223,6 +234,6 @@ def _rasterio() -> Any:
         import rasterio.windows
     except ImportError as error:
         raise UserError(
-            "--tile reads and writes rasters by rasterio: pip install -e '.[geo]'"
+            "rasters are read and written by rasterio: pip install -e '.[geo]'"
         ) from error
     return rasterio
