@@ -234,6 +234,7 @@ def test_results_of_others_are_refined_as_whole_ones_are(tmp_path, size, stride,
     found = labels_at(tmp_path / "out/labels/a.tif")
     assert (found != whole.labels).mean() < 1e-4  # probabilities are rounded on their way
     np.testing.assert_array_equal(labels_at(tmp_path / "out/labels_plain/a.tif"), whole.plain)
+    assert "labels: 1 file (a.tif)" in str(summary)
     assert summary.pixels == image.shape[0] * image.shape[1]
     assert summary.changed == (found != whole.plain).sum() > 0
     assert json.loads((tmp_path / "out/refinement.json").read_text())["changed"] == summary.changed
@@ -292,7 +293,8 @@ def test_georeference_and_missing_data_are_kept(tmp_path):
     image[50:52, 3:5] = 0
     image[image.sum(axis=-1) == 0] = 0
     source = save(tmp_path / "in.tif", image, crs="EPSG:32633", transform=transform, nodata=0)
-    predict_files.predict(model(), source, writer.Options(tmp_path / "out", tile=64))
+    options = writer.Options(tmp_path / "out", tile=64)
+    assert "georeference" not in str(predict_files.predict(model(), source, options))
     with rasterio.open(tmp_path / "out/labels/in.tif") as file:
         assert file.crs.to_epsg() == 32633
         assert file.transform == transform
@@ -346,6 +348,7 @@ def test_several_files_and_what_cannot_be_read_beside_them(tmp_path):
     )
     assert summary.images == 2
     text = str(summary)
+    assert "no georeference, and so none in the labels: 1 file (one.tif); gdal_edit" in text
     assert "broken.tif: not a raster that can be read" in text
     assert "deep.tif: numbers of type uint16; tiles are read of 8 bits" in text
     assert "bands.tif: 5 bands; expected one, or three" in text

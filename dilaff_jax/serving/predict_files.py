@@ -35,11 +35,15 @@ from dilaff_jax.serving.writer import Options, Writer, write_classes
 
 @dataclasses.dataclass
 class Summary:
-    """images: and frames that were segmented. failed: {file: why}. unused: no image or video."""
+    """images: and frames that were segmented. failed: {file: why}. unused: no image or video.
+
+    unplaced: names of TIFFs in tiles without georeference.
+    """
 
     images: int
     failed: dict[pathlib.Path, str]
     unused: Sequence[pathlib.Path] = ()
+    unplaced: Sequence[str] = ()
 
     def __str__(self) -> str:
         lines = [f"  {reason}" for reason in self.failed.values()]
@@ -48,7 +52,17 @@ class Summary:
         if self.unused:
             names = [path.name for path in self.unused]
             lines.append(f"no image or video, not used: {source_record.listed(names)}")
+        if self.unplaced:
+            lines.append(without_georeference(self.unplaced))
         return "\n".join([f"{self.images} images segmented", *lines])
+
+
+def without_georeference(names: Sequence[str]) -> str:
+    """A line that names TIFFs which lie nowhere on earth."""
+    return (
+        f"no georeference, and so none in the labels: {source_record.listed(list(names))}; "
+        "gdal_edit -a_srs and -a_ullr give one"
+    )
 
 
 def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Summary:
@@ -78,6 +92,8 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
     write_classes(options.output, predictor.classes)
     summary = Summary(0, {}, unused(source, options.output, suffixes))
     stills = by_size({n: p for n, p in files.items() if n not in movies}, predictor.network)
+    if in_tiles is not None:
+        summary.unplaced = in_tiles.unplaced
     with Writer(options) as writer:
         for name, path in tqdm(stills, unit="image", disable=not stills):
             with _reported(path, summary):

@@ -6,7 +6,7 @@ where the truth is at hand, the figures before and after.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,13 +40,17 @@ _MAIN = {
 
 @dataclasses.dataclass
 class Summary:
-    """images: that were refined. changed, pixels: how many. figures: {before, after}, or {}."""
+    """images: that were refined. changed, pixels: how many. figures: {before, after}, or {}.
+
+    unplaced: names of TIFFs in tiles without georeference.
+    """
 
     images: int
     changed: int
     pixels: int
     figures: dict[str, dict[str, float]]
     transitions: dict[str, float]
+    unplaced: Sequence[str] = ()
 
     def __str__(self) -> str:
         share = self.changed / max(self.pixels, 1)
@@ -58,6 +62,8 @@ class Summary:
                 if all(name in self.figures[v] for v in (PLAIN, REFINED))
             ]
             lines.append(reporting.table("per cent", ["", PLAIN, REFINED], rows))
+        if self.unplaced:
+            lines.append(predict_files.without_georeference(self.unplaced))
         return "\n".join(lines)
 
 
@@ -156,7 +162,7 @@ def _in_tiles(
         result = given[result_name(source, path)]
         counts = in_tiles.refine(name, path, result, form)
         changed, pixels = changed + counts[0], pixels + counts[1]
-    return Summary(len(pictures), changed, pixels, {}, {})
+    return Summary(len(pictures), changed, pixels, {}, {}, in_tiles.unplaced)
 
 
 def _note(summary: Summary, network: Network, folder: pathlib.Path) -> None:

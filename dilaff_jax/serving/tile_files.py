@@ -45,6 +45,9 @@ class InTiles:
         predictor: the model.
         options: `tile` and `margin`, and what is written where.
 
+    Attributes:
+        unplaced: names of TIFFs that lie nowhere on earth, and so do their labels.
+
     Raises:
         UserError: see `tiles.Tiling`.
     """
@@ -53,6 +56,7 @@ class InTiles:
         self._predictor, self._options = predictor, options
         self._tiling = tiles.Tiling(predictor, options.tile, options.margin)
         self._weights = _digest(predictor.network.variables)
+        self.unplaced: list[str] = []
 
     def predict(self, name: str, path: pathlib.Path) -> None:
         """Segments one file.
@@ -102,6 +106,8 @@ class InTiles:
         scores: Scores | None,
     ) -> tuple[int, int]:
         options = self._options
+        if paths[0].suffix.lower() in (".tif", ".tiff") and not raster.georeference():
+            self.unplaced.append(paths[0].name)
         store = tiles.Store(options.output / "tiles" / name, self._key(paths, tiling))
         job = _Job(self._predictor, tiling, raster, store, options, scores)
         job.check_space()
