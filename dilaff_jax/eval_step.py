@@ -27,6 +27,7 @@ KEYS: schema.Section = {
         "Take the boundary measures too, which the host computes, by the pixel.",
     ),
     "tolerance": Key(2.0, schema.FROM_0, "Of the boundary F-score, in pixels."),
+    "surface_tolerance": Key(1.0, schema.FROM_0, "Of the surface Dice of volumes, in millimetres."),
     "pictures": Key(4, schema.WHOLE, "How many images are drawn."),
     "predictions": Key(False, schema.SWITCH, "Write every prediction as a PNG of class indices."),
 }
@@ -70,7 +71,7 @@ class EvalStep:
         batch: `image` `[b, H, W, 3]` in [0, 255], `label` `[b, H, W]`.
         """
         images, labels = batch["image"], batch["label"]
-        size, classes = labels.shape[1:3], self._num_classes
+        size, classes = labels.shape[1:], self._num_classes
 
         def apply(x: jax.Array) -> Mapping[str, Any]:
             return self._model.apply(variables, x, train=False)  # type: ignore[return-value]
@@ -102,7 +103,7 @@ class EvalStep:
         return labels
 
     def _edge_counts(self, affinity_logits: jax.Array, labels: jax.Array) -> jax.Array:
-        coarse = affinity.downsample_labels(labels, affinity_logits.shape[1:3])
+        coarse = affinity.downsample_labels(labels, affinity_logits.shape[1:-1])
         target, valid = affinity.targets(coarse, self._offsets)
         return metrics.affinity_histogram(affinity_logits, target, valid, len(self.dilations))
 

@@ -6,7 +6,6 @@ host. Counts are added over batches, devices and processes first and turned into
 
 import concurrent.futures
 import dataclasses
-import difflib
 import json
 import math
 import pathlib
@@ -20,7 +19,6 @@ from tqdm import tqdm
 
 from dilaff_jax import metrics, settings, visualize
 from dilaff_jax.data import datasets, pipeline
-from dilaff_jax.errors import UserError
 from dilaff_jax.eval_step import PLAIN, REFINED, EvalStep
 from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.models import segmenter
@@ -180,7 +178,7 @@ class Evaluation:
         )
         placed = devices.place(dict(variables))
         device_counts: Any = None
-        host_counts = [self._host_counts(_blank(self.variants))]
+        host_counts = [self._host_counts(_blank(self.variants, self._source.ndim))]
         drawn: dict[str, np.ndarray] = {}
         quiet = jax.process_index() > 0
         with batches, concurrent.futures.ThreadPoolExecutor() as pool:
@@ -201,8 +199,9 @@ class Evaluation:
                     if settings.predictions:
                         visualize.write_predictions(folder / "predictions", name, view.predictions)
                     if view.index < settings.pictures:
-                        view.image = self._source.picture(view.image)
-                        drawn[name] = visualize.strip(view, self._source.colors)
+                        source = self._source
+                        flat = visualize.flat(view, source.slice_of, source.picture)
+                        drawn[name] = visualize.strip(flat, source.colors)
         return device_counts, metrics.add(*host_counts), drawn
 
     def _host_counts(self, view: visualize.View) -> dict[str, Any]:
@@ -215,6 +214,12 @@ class Evaluation:
         for name in self.variants if settings.boundaries else ():
             prediction = view.predictions[name]
             counts[name] = metrics.boundary_counts(prediction, truth, classes, settings.tolerance)
+            if self._source.spacings is not None:
+                spacing = self._source.spacings[view.index]
+                of_surfaces = metrics.surfaces(
+                    prediction, truth, classes, spacing, settings.surface_tolerance
+                )
+                counts[name]["surfaces"] = of_surfaces
         return counts
 
     def _summary(self, device: Mapping[str, Any], host: Mapping[str, Any]) -> dict[str, float]:
@@ -223,7 +228,10 @@ class Evaluation:
         groups: dict[str, dict[str, float]] = {}
         for variant in self.variants:
             groups[variant] = metrics.segmentation_summary(device[variant], names)
-            groups[variant] |= metrics.boundary_summary(**host.get(variant, {}))
+            of_host = dict(host.get(variant, {}))
+            if "surfaces" in of_host:
+                groups[variant] |= metrics.surface_summary(of_host.pop("surfaces"), names)
+            groups[variant] |= metrics.boundary_summary(**of_host)
         if "affinity" in device:
             groups["affinity"] = metrics.affinity_summary(device["affinity"], self._step.dilations)
         if REFINED in self.variants:
@@ -240,7 +248,12 @@ class Evaluation:
             values = [scalars.get(f"{v}/{key}") for v in self.variants]
             return [name, *("-" if x is None else f"{100 * x:.2f}" for x in values)]
 
-        title = f"{self._source.title}: {scalars['images']:.0f} images, per cent"
+        def of_volumes(name: str, key: str) -> list[str]:
+            distances = [scalars.get(f"{v}/{key}") for v in self.variants]
+            return [name, *("-" if x is None else f"{x:.2f}" for x in distances)]
+
+        what = "images" if self._source.ndim == 2 else "volumes"
+        title = f"{self._source.title}: {scalars['images']:.0f} {what}, per cent"
         if not self.variants:
             return self._edge_table(scalars, title)
         rows = [row(name, f"iou/{name}") for name in self._source.class_names]
@@ -251,7 +264,12 @@ class Evaluation:
             "boundary_iou": "boundary IoU",
             "boundary_f": f"boundary F, {self._config.eval.tolerance:g} px",
         }
+        if self._source.ndim == 3:
+            at = f"{self._config.eval.surface_tolerance:g} mm"
+            main |= {"dice": "Dice", "surface_dice": f"surface Dice, {at}"}
         rows += [row(title, key) for key, title in main.items() if f"{PLAIN}/{key}" in scalars]
+        if f"{PLAIN}/hausdorff" in scalars:
+            rows.append(of_volumes("95 % Hausdorff distance, mm", "hausdorff"))
         return reporting.table(title, ["", *self.variants], rows)
 
     def _edge_table(self, scalars: Mapping[str, float], title: str) -> str:
@@ -264,31 +282,6 @@ class Evaluation:
             rows.append([figure.replace("_", " "), *texts])
         columns = [f"dilation {d}" for d in self._step.dilations]
         return reporting.table(f"class edges of {title}", ["", *columns], rows)
-
-
-def check_best_metric(name: str, class_names: Sequence[str], model: segmenter.Segmenter) -> None:
-    """Raises UserError for a figure that no evaluation of this model has."""
-    kind, separator, which = name.partition("/")
-    if kind != "affinity" and not model.segmentation:
-        raise UserError(
-            f"config.best_metric is {name!r}, and model.segmentation is None; an affinity network "
-            "by itself has 'affinity/mean/average_precision' and 'affinity/mean/f1'"
-        )
-    if kind == "affinity":
-        if model.offsets is None:
-            raise UserError(
-                f"config.best_metric is {name!r}, and the model has no affinity head; use 'miou', "
-                "or give it one (model.affinity, loss.affinity)"
-            )
-        return
-    allowed = {"iou": list(class_names), "trimap_miou": [f"{w:g}" for w in metrics.WIDTHS]}
-    if separator and which not in allowed[kind]:
-        near = difflib.get_close_matches(which, allowed[kind], 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(
-            f"config.best_metric is {name!r}{hint}; expected {kind}/ and one of "
-            f"{', '.join(allowed[kind])}"
-        )
 
 
 def evaluate_run(
@@ -377,13 +370,14 @@ def _as_dicts(counts: Any) -> Any:
     return {k: _as_dicts(v) for k, v in counts.items()} if isinstance(counts, dict) else counts
 
 
-def _blank(variants: Sequence[str]) -> visualize.View:
+def _blank(variants: Sequence[str], ndim: int) -> visualize.View:
     """An image without labelled pixels: counts of it are zeros of the right shapes."""
-    nothing = np.zeros((1, 1), np.uint8)
+    one = (1,) * ndim
+    nothing = np.zeros(one, np.uint8)
     return visualize.View(
         index=-1,
-        image=np.zeros((1, 1, 3), np.uint8),
-        label=np.full((1, 1), IGNORE_LABEL, np.uint8),
+        image=np.zeros((*one, 3), np.uint8),
+        label=np.full(one, IGNORE_LABEL, np.uint8),
         predictions=dict.fromkeys(variants, nothing),
-        edges=np.zeros((1, 1, 0), np.uint8),
+        edges=np.zeros((*one, 0), np.uint8),
     )

@@ -210,14 +210,14 @@ class Objective:
         if "affinity" in self.weights:
             terms["affinity"] = self._affinity(outputs["affinity_logits"], labels)
         if "aaf" in self.weights:
-            coarse = affinity.downsample_labels(labels, logits.shape[1:3])
+            coarse = affinity.downsample_labels(labels, logits.shape[1:-1])
             terms["aaf"] = losses.adaptive_affinity_fields(logits, coarse)
         if "refined" in self.weights:
             _, probs = propagate.refine_logits(
                 logits,
                 outputs["affinity_logits"],
                 self._offsets,
-                labels.shape[1:3],
+                labels.shape[1:],
                 self._refine,
                 finite=True,
             )
@@ -230,7 +230,9 @@ class Objective:
     ) -> LossSum:
         loss = getattr(losses, name)
         if name not in PIXEL_LOSSES:
-            return loss(resize.bilinear(logits, labels.shape[1:3]), labels, **options)
+            return loss(resize.bilinear(logits, labels.shape[1:]), labels, **options)
+        if labels.ndim > 3:  # patches of volumes, of the size of which all logits fit
+            return loss(resize.bilinear(logits, labels.shape[1:]), labels, **options)
         blocks = self._config.blocks
         if blocks == "auto":
             blocks = "planes" if backends.traced_for() == "gpu" else "rows"
@@ -246,8 +248,8 @@ class Objective:
         }
 
     def _affinity(self, logits: jax.Array, labels: jax.Array) -> LossSum:
-        grid, num_classes = logits.shape[1:3], self._num_classes
-        labels = affinity.close_void(labels, self._config.void_strip)
+        grid, num_classes = logits.shape[1:-1], self._num_classes
+        labels = affinity.close_void(labels, self._config.void_strip, len(grid))
         coarse = affinity.downsample_labels(labels, grid)
         if self._config.soft_targets:
             target, valid = affinity.soft_targets(labels, self._offsets, grid, num_classes)

@@ -63,8 +63,8 @@ def is_name(value: Any) -> bool:
 
 
 def is_size(value: Any) -> bool:
-    """Whether it is (height, width)."""
-    return is_sequence(value, 2) and all(is_whole(n, 1) for n in value)
+    """Whether it is (height, width), or the three sides of a volume."""
+    return is_sequence(value) and len(value) in (2, 3) and all(is_whole(n, 1) for n in value)
 
 
 def is_mapping(value: Any) -> bool:

@@ -5,21 +5,25 @@ A section's keys are in a table `KEYS` beside what uses them; `SECTIONS` has the
 `config.ablate` are in `ablation.ablate_config`, and only configs that ablate have them.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from dilaff_jax import eval_step, initialise, objective, optim, schema
+from dilaff_jax import eval_step, initialise, metrics, objective, optim, schema
 from dilaff_jax.data import data_config
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter, test_time
 from dilaff_jax.runtime import parallel, trackers
 from dilaff_jax.schema import Key, Rule
 
+# Figures that evaluations of volumes alone have.
+OF_VOLUMES = ("dice", "surface_dice")
 _FIGURES = (
     *("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"),
     *("boundary_iou", "boundary_f", "affinity/mean/average_precision", "affinity/mean/f1"),
+    *OF_VOLUMES,
 )
 
 RUN: schema.Section = {
@@ -120,10 +124,40 @@ def check(config: Mapping[str, Any]) -> None:
             raise UserError(f"config.{name} is {config.get(name)!r}; start from configs/default.py")
         schema.check(config[name], section, f"config.{name}")
     if (
-        config["best_metric"].startswith(("boundary", "trimap"))
+        config["best_metric"].startswith(("boundary", "trimap", *OF_VOLUMES))
         and not config["eval"]["boundaries"]
     ):
         raise UserError(
             f"config.best_metric is {config['best_metric']!r}, and config.eval.boundaries is "
             "False; set it to True, or choose another metric"
+        )
+
+
+def check_best_metric(name: str, class_names: Sequence[str], model: segmenter.Segmenter) -> None:
+    """Raises UserError for a figure that no evaluation of this model has."""
+    kind, separator, which = name.partition("/")
+    if kind != "affinity" and not model.segmentation:
+        raise UserError(
+            f"config.best_metric is {name!r}, and model.segmentation is None; an affinity network "
+            "by itself has 'affinity/mean/average_precision' and 'affinity/mean/f1'"
+        )
+    if kind == "affinity":
+        if model.offsets is None:
+            raise UserError(
+                f"config.best_metric is {name!r}, and the model has no affinity head; use 'miou', "
+                "or give it one (model.affinity, loss.affinity)"
+            )
+        return
+    if name in OF_VOLUMES and model.encoder.style.ndim != 3:
+        raise UserError(
+            f"config.best_metric is {name!r}, which is of volumes, and this data set holds images; "
+            "use 'miou' or 'boundary_f'"
+        )
+    allowed = {"iou": list(class_names), "trimap_miou": [f"{w:g}" for w in metrics.WIDTHS]}
+    if separator and which not in allowed[kind]:
+        near = difflib.get_close_matches(which, allowed[kind], 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(
+            f"config.best_metric is {name!r}{hint}; expected {kind}/ and one of "
+            f"{', '.join(allowed[kind])}"
         )

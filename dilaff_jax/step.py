@@ -251,7 +251,7 @@ class TrainStep:
         gradient, (shares, stats, logits) = jax.grad(share, has_aux=True)(changing["params"])
         confusion = jnp.zeros_like(state.window.confusion)
         if logits is not None:
-            coarse = affinity.downsample_labels(batch["label"], logits.shape[1:3])
+            coarse = affinity.downsample_labels(batch["label"], logits.shape[1:-1])
             confusion = metrics.confusion(jnp.argmax(logits, -1), coarse, self._num_classes)
         gradient, shares, confusion = jax.lax.psum((gradient, shares, confusion), AXIS)
         return gradient, stats, shares, confusion

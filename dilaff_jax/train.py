@@ -91,7 +91,7 @@ def _assemble(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Run:
         )
     classes = train_source.num_classes
     model = segmenter.build(segmenter.config_of_run(config), classes, axis_name=AXIS)
-    evaluate.check_best_metric(config.best_metric, eval_source.class_names, model)
+    settings.check_best_metric(config.best_metric, eval_source.class_names, model)
     if config.optim.frozen:  # to name the parameters, the model has to be traced
         frozen.Frozen(segmenter.abstract_variables(model)["params"], config.optim.frozen)
     tx, schedule = optim.optimiser(config.optim, config.num_steps, model.encoder)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import cv2
 import jax
@@ -45,15 +46,21 @@ def view(
     batch: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray], edges: np.ndarray, row: int
 ) -> View:
     """Cuts one row of an evaluation batch to its original size."""
-    height, width = (int(n) for n in batch["size"][row])
+    size = [int(n) for n in batch["size"][row]]
+    part: tuple[Any, ...] = (row, *map(slice, size))
     # The grid of the affinities covers the padded image; its part of the image is rounded up.
-    stride = [-(-n // m) for n, m in zip(batch["label"].shape[1:3], edges.shape[1:3], strict=True)]
+    grids = batch["label"].shape[1:], edges.shape[1:-1]
+    strides = [-(-n // m) for n, m in zip(*grids, strict=True)]
+    cells: tuple[Any, ...] = (
+        row,
+        *(slice(-(-n // s)) for n, s in zip(size, strides, strict=True)),
+    )
     return View(
         index=int(batch["index"][row]),
-        image=batch["image"][row, :height, :width],
-        label=batch["label"][row, :height, :width],
-        predictions={name: x[row, :height, :width] for name, x in maps.items()},
-        edges=edges[row, : -(-height // stride[0]), : -(-width // stride[1])],
+        image=batch["image"][part],
+        label=batch["label"][part],
+        predictions={name: x[part] for name, x in maps.items()},
+        edges=edges[cells],
     )
 
 
@@ -62,7 +69,7 @@ def edge_strength(affinity_logits: jax.Array, offsets: np.ndarray) -> jax.Array:
 
     255·max over the offsets o of a dilation with i+o inside of (1 - a[i,o]).
     """
-    inside = affinity.inside(affinity_logits.shape[1:3], offsets)
+    inside = affinity.inside(affinity_logits.shape[1:-1], offsets)
     other = jnp.where(inside, jax.nn.sigmoid(-affinity_logits), 0)
     dilations = affinity.dilation_of(offsets)
     strongest = [
@@ -98,6 +105,24 @@ def paint_changes(
     return painted
 
 
+def flat(
+    shown: View,
+    slice_of: Callable[[np.ndarray], np.ndarray],
+    picture: Callable[[np.ndarray], np.ndarray],
+) -> View:
+    """What is drawn of a view: of a volume the slice that `slice_of` takes of a map of any grid.
+
+    picture: of an image, RGB uint8 `[h, w, 3]`.
+    """
+    return View(
+        shown.index,
+        picture(shown.image),
+        slice_of(shown.label),
+        {name: slice_of(x) for name, x in shown.predictions.items()},
+        slice_of(shown.edges),
+    )
+
+
 def strip(shown: View, colors: np.ndarray) -> np.ndarray:
     """Image, truth, each prediction, class edges of the first dilation, side by side with names."""
     tiles = {"image": shown.image, "truth": contact_sheet.paint(shown.label, colors)}
@@ -118,9 +143,13 @@ def write(folder: pathlib.Path, pictures: Mapping[str, np.ndarray]) -> None:
 def write_predictions(
     folder: pathlib.Path, name: str, predictions: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes class indices as FOLDER/VARIANT/NAME.png, 8 bit, one channel."""
+    """Writes class indices as FOLDER/VARIANT/NAME.png, 8 bit, one channel; of volumes NAME.npy."""
     for variant, prediction in predictions.items():
-        _write_png(folder / variant, name, prediction)
+        if prediction.ndim == 2:
+            _write_png(folder / variant, name, prediction)
+            continue
+        (folder / variant).mkdir(parents=True, exist_ok=True)
+        np.save(folder / variant / f"{name.replace('/', '_')}.npy", prediction)
 
 
 def _write_png(folder: pathlib.Path, name: str, picture: np.ndarray) -> None:

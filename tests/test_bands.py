@@ -146,7 +146,9 @@ def test_nan_is_refused_until_it_is_said_to_be_missing(tmp_path):
     values = image("float32")
     values[3, 7, 1] = values[5:7, :, :] = np.nan
     np.save(root / "train/images/0.npy", values)
-    with pytest.raises(DataError, match=r"0\.npy: 361 values are NaN, first in band 2 at row 3, "):
+    with pytest.raises(
+        DataError, match=r"0\.npy: 361 values are NaN, first in band 2 at \(3, 7\); "
+    ):
         prepared(root, tmp_path / "data")
     prepared(root, tmp_path / "data", nan="missing")
     source = loaded(tmp_path / "data")

@@ -16,7 +16,7 @@ from dilaff_jax.configs import camvid_ablation, voc2012_refine_mobile_deeplab
 from dilaff_jax.data import datasets, pipeline, prepare, voc2012_seg
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import parallel
-from tests import data_files
+from tests import data_files, test_volumes
 from tests.test_data_sets import (
     write_ade,
     write_camvid,
@@ -36,6 +36,7 @@ CLASSES = {
     "voc2012_seg": 21,
     "cityscapes": 19,
     "scene_parse150": 150,
+    "hippocampus": 3,
 }
 FACADE = "building,car,door,pavement,road,sky,vegetation,window"
 FACADE_SET = "image_folder/labelmefacade"
@@ -67,6 +68,8 @@ def data_dir(tmp_path_factory):
     prepare.prepare("scene_parse150", target, write_ade(source / "ade"))
     options = datasets.builder_class("image_folder").options_type(classes=FACADE)
     prepare.prepare(FACADE_SET, target, source / "facade", options)
+    test_volumes.folder(source / "hippocampus", 8)
+    prepare.prepare("hippocampus", target, source / "hippocampus")
     return target
 
 
@@ -99,8 +102,8 @@ def test_the_first_batch_is_what_the_step_expects(name, data_dir):
     with pipeline.train_batches(config.data, source, batch_size=4, seed=0) as batches:
         batch = next(batches)
     size = tuple(config.data.crop_size)
-    assert batch["image"].shape == (4, *size, 3)
-    assert batch["image"].dtype == np.uint8
+    assert batch["image"].shape == (4, *size, config.data.bands or 3)
+    assert batch["image"].dtype == (np.float32 if config.data.bands else np.uint8)
     assert batch["label"].shape == (4, *size)
     source = datasets.load(config.data, config.data.eval_split)
     assert source.num_classes == CLASSES[config.data.dataset]
@@ -115,13 +118,13 @@ def test_the_training_step_keeps_the_form_of_the_state(name):
     tx, _ = optim.optimiser(config.optim, config.num_steps, model.encoder)
     weighted = objective.with_class_weights(config, np.ones(classes))
     train_step = step.TrainStep(weighted, model, classes, tx)
-    height, width = config.data.crop_size
+    size = tuple(config.data.crop_size)
     seed = step.seed_of(config)
-    state = jax.eval_shape(lambda: train_step.init((1, height, width, 3), seed))
+    state = jax.eval_shape(lambda: train_step.init((1, *size, model.channels), seed))
     mapped = parallel.Devices("shard_map", 1).map(train_step, out="replicated", shared=1)
     batch = {
-        "image": jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((2, height, width), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((2, *size, model.channels), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((2, *size), jnp.uint8),
     }
     after = jax.eval_shape(mapped, state, batch, seed)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

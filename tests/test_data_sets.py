@@ -44,9 +44,8 @@ def labels(source):
 def test_names_lists_every_data_set():
     found = set(datasets.names())
     assert found == {
-        *("annotation_json", "band_folder", "camvid", "cityscapes", "coco_json", "image_folder"),
-        "scene_parse150",
-        *("shapes", "voc2012_seg"),
+        *("annotation_json", "band_folder", "camvid", "cityscapes", "coco_json", "hippocampus"),
+        *("image_folder", "scene_parse150", "shapes", "voc2012_seg", "volume_folder"),
     }
 
 
@@ -54,7 +53,7 @@ def test_names_lists_every_data_set():
 def test_unknown_data_sets_are_refused_with_the_list(name):
     with pytest.raises(
         ValueError,
-        match="available: annotation_json, band_folder, camvid, cityscapes, coco_json, image_folder",
+        match="available: annotation_json, band_folder, camvid, cityscapes, coco_json, hippocampus",
     ):
         datasets.builder_class(name)
 

@@ -119,6 +119,15 @@ def default() -> ml_collections.ConfigDict:
     return schema.defaults(KEYS)
 
 
+def check_images(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for a run of volumes, which no study here compares."""
+    if config.model.get("ndim", 2) != 2:
+        raise UserError(
+            f"{config.data.dataset} holds volumes, and ablate, study and fit are of images; train "
+            "and evaluate each run by itself (--mode train, --mode eval)"
+        )
+
+
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config, with the defaults as `config.ablate` where it has none."""
     if "ablate" in config:

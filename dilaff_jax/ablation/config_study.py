@@ -51,6 +51,7 @@ def study(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         Preempted: the process was asked to stop; what is done is kept.
     """
     config = datasets.completed(ablate_config.complete(config))
+    ablate_config.check_images(config)
     todo = runs(config, workdir)
     with preemption.stopping_cleanly(workdir) as training:
         arms.train_all(todo, training)

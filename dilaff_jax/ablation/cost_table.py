@@ -96,20 +96,20 @@ def _measure(
     return {"networks": networks, "milliseconds": times, "range": spread}
 
 
-def _classes(model: segmenter.Segmenter, size: tuple[int, int], variables: Any, x: Any) -> Any:
+def _classes(model: segmenter.Segmenter, size: tuple[int, ...], variables: Any, x: Any) -> Any:
     """Full-size classes of the network alone; with head also its affinities, which are computed."""
     out: Any = model.apply(variables, x, train=False)
     return _labels(out["logits"], size), out["affinity_logits"]
 
 
-def _labels(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+def _labels(logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
     return jnp.argmax(resize.bilinear(logits, size), axis=-1)
 
 
 def _after(
     out: Mapping[str, Any],
     offsets: np.ndarray | None,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     after: Mapping[str, Candidate],
     bias: np.ndarray | None,
     networks: dict[str, dict[str, float]],
@@ -153,7 +153,7 @@ def _with_steps(candidate: Candidate, steps: int) -> Candidate:
 
 
 def _rivals(
-    out: Mapping[str, Any], size: tuple[int, int], image: np.ndarray, after: Mapping[str, Candidate]
+    out: Mapping[str, Any], size: tuple[int, ...], image: np.ndarray, after: Mapping[str, Candidate]
 ) -> dict[str, Callable[[], Any]]:
     """DenseCRF and PAMR as selected; with their defaults where nothing was better than nothing."""
     probs = np.asarray(jax.nn.softmax(resize.bilinear(out["logits"], size)))

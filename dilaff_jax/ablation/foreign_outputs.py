@@ -43,7 +43,7 @@ class _Files:
             inputs.results, named, "result", refine_files.RESULT_SUFFIXES
         )
         masks = foreign_files.find(inputs.truth, named, "label map", refine_files.MAP_SUFFIXES)
-        self._images, self._masks, self._bands = named, masks, net.bands
+        self._images, self._masks, self._network = named, masks, net
         self.num_classes = refine_files.num_classes(net, self.results, form)
         self.form = dataclasses.replace(form, num_classes=self.num_classes)
         every = tqdm(range(len(named)), desc="images")
@@ -58,7 +58,7 @@ class _Files:
 
     def image(self, index: int) -> np.ndarray:
         """As the network takes it, `[H, W, C]`."""
-        return read(self._images[self.names[index]], self._bands).pixels
+        return read(self._images[self.names[index]], self._network).pixels
 
     def logits(self, index: int) -> np.ndarray:
         """At the size of the image, finite."""

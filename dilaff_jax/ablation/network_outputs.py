@@ -43,7 +43,7 @@ class Outputs:
     """
 
     source: datasets.Source
-    size: tuple[int, int]
+    size: tuple[int, ...]
     logits: np.ndarray
     affinity_logits: np.ndarray | None
     offsets: np.ndarray | None
@@ -122,7 +122,7 @@ def _source(config: ml_collections.FrozenConfigDict, split: str) -> datasets.Sou
 
 
 def _about(
-    run: arms.Run, split: str, source: datasets.Source, size: tuple[int, int]
+    run: arms.Run, split: str, source: datasets.Source, size: tuple[int, ...]
 ) -> dict[str, Any]:
     config = resume.as_json(run.config)
     return {
@@ -198,13 +198,13 @@ def _program(
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
-def plain_labels(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+def plain_labels(logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Classes without refinement, uint8 `[B, *size]`."""
     return jnp.argmax(resize.bilinear(logits, size), axis=-1).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
-def probabilities(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+def probabilities(logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Class probabilities at full size, float32 `[B, *size, C]`: what rivals refine."""
     return jax.nn.softmax(resize.bilinear(logits, size))
 

@@ -150,7 +150,7 @@ def _refine(
     operator: str,
     static: tuple[tuple[str, Any], ...],
     offsets: tuple[tuple[int, ...], ...],
-    size: tuple[int, int],
+    size: tuple[int, ...],
 ) -> jax.Array:
     """Labels of P settings of one operator, uint8 `[P, B, *size]`."""
     affinity_logits = affinity_logits.astype(jnp.float32)

@@ -38,6 +38,7 @@ def ablate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str
     config = ablate_config.complete(config)
     settings.check(config)
     config = datasets.completed(config)
+    ablate_config.check_images(config)
     ablate_config.check(config)
     operators.grid(config.ablate.grid.to_dict())  # said before anything is trained
     if jax.process_count() > 1:

@@ -19,10 +19,12 @@ What is where:
     contact_sheet.py  pictures of images with their labels
     builder.py        what every data set shares; images.py, folders.py: reading strangers' files
     bands.py          images of other bands than red, green and blue; raster.py: large files
+    volumes.py        volumes in files; augment_volume.py: patches of them
     shapes.py, camvid.py, voc2012_seg.py, cityscapes.py, scene_parse150.py, image_folder.py,
-    band_folder.py, coco_json.py, annotation_json.py: one data set each. A new one is one more file
-                      with a class `Builder`. outlines.py draws polygons.
+    band_folder.py, volume_folder.py, hippocampus.py, coco_json.py, annotation_json.py: one data
+                      set each. A new one is one more file with a class `Builder`. outlines.py
+                      draws polygons.
 
 Everywhere: images RGB uint8 `[H, W, 3]`, or `[H, W, C]` of any numbers where a data set has bands;
-labels uint8 `[H, W]`, 255 = ignored.
+volumes `[D, H, W, C]`; labels uint8 `[H, W]`, 255 = ignored.
 """

@@ -175,17 +175,17 @@ def padding(pad_rgb: Sequence[int], bands: Bands | None) -> tuple[float, ...]:
 
 
 def pad(
-    image: np.ndarray, label: np.ndarray, size: tuple[int, int], fill: Sequence[float]
+    image: np.ndarray, label: np.ndarray, size: tuple[int, ...], fill: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pads at the bottom and right to `size`: images with `fill`, `[C]`, labels with 255."""
-    height, width = label.shape
-    if (height, width) != tuple(size):
-        wide = blank((*size, image.shape[-1]), image.dtype, fill)
-        wide[:height, :width] = image
-        image = wide
-        missing = (0, size[0] - height, 0, size[1] - width)
-        label = cv2.copyMakeBorder(label, *missing, cv2.BORDER_CONSTANT, value=(IGNORE_LABEL,))
-    return image, label
+    """Pads at the end of each axis to `size`: images with `fill`, `[C]`, labels with 255."""
+    if label.shape == tuple(size):
+        return image, label
+    part = tuple(slice(n) for n in label.shape)
+    wide = blank((*size, image.shape[-1]), image.dtype, fill)
+    wide[part] = image
+    wide_label = np.full(size, IGNORE_LABEL, np.uint8)
+    wide_label[part] = label
+    return wide, wide_label
 
 
 def blank(shape: Sequence[int], dtype: np.dtype, fill: Sequence[float]) -> np.ndarray:

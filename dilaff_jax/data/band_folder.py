@@ -69,16 +69,12 @@ class Builder(image_folder.Builder):
                 f"{item.image}: an array of shape {values.shape}, whose bands seem to come first; "
                 "save it as [H, W, C]: numpy.moveaxis(array, 0, -1)"
             )
-        self._check_like_first(item.image, values)
-        if nan is not None and self.options.nan == "stop":
-            row, column, band = np.argwhere(nan)[0]
-            raise DataError(
-                f"{item.image}: {nan.sum()} values are NaN, first in band {band + 1} at row {row}, "
-                f"column {column}; --nan=missing takes them for no data, or replace them"
-            )
+        self.check_like_first(item.image, values)
+        if nan is not None:
+            self.check_nan(item.image, nan)
         if missing is not None and size == label.shape:  # other shapes are refused later
             label = np.where(missing.all(axis=-1), IGNORE_LABEL, label)
-        self._moments.add(values, missing)
+        self.count(values, missing)
         image = bands.encode(values, missing)
         return builder.Example(item.name, image, size, label, item.image, item.label)
 
@@ -94,7 +90,20 @@ class Builder(image_folder.Builder):
         assert bands is not None
         return decode(data, bands)
 
-    def _check_like_first(self, path: pathlib.Path, values: np.ndarray) -> None:
+    def count(self, values: np.ndarray, missing: np.ndarray | None) -> None:
+        """Adds an image to what is measured."""
+        self._moments.add(values, missing)
+
+    def check_nan(self, path: pathlib.Path, nan: np.ndarray) -> None:
+        """Raises DataError for NaN, `[*spatial, C]`, that nobody has said to be no data."""
+        if self.options.nan == "stop":
+            *place, band = np.argwhere(nan)[0].tolist()
+            raise DataError(
+                f"{path}: {nan.sum()} values are NaN, first in band {band + 1} at {tuple(place)}; "
+                "--nan=missing takes them for no data, or replace them"
+            )
+
+    def check_like_first(self, path: pathlib.Path, values: np.ndarray) -> None:
         """Raises DataError for other bands than those of the first image."""
         count, kind = values.shape[-1], values.dtype
         if self._first is None:

@@ -90,12 +90,13 @@ class Bands:
         return cls(**{name: tuple(value) for name, value in content.items()})
 
 
-def with_bands(config: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """A copy of a whole config for images of these bands."""
+def with_bands(config: Any, mean: Sequence[float], std: Sequence[float], ndim: int = 2) -> Any:
+    """A copy of a whole config for images, or volumes, of these bands."""
     config = config.copy_and_resolve_references()
     options = config.model.encoder_options
     with config.unlocked(), config.ignore_type():
         config.data.bands = len(mean)
+        config.model.ndim = ndim
         options.mean = options.get("mean", tuple(mean))
         options.std = options.get("std", tuple(std))
     return config
@@ -178,6 +179,27 @@ def load(path: pathlib.Path) -> Loaded:
         return checked(file.read(*file.all), file.no_data, path)
 
 
+def array(path: pathlib.Path) -> np.ndarray:
+    """The one array of a `.npy` or `.npz`, of any shape; mapped, where its form allows.
+
+    Raises:
+        DataError: it is damaged, holds several arrays, or objects, which would be executed.
+    """
+    try:
+        # Mapped: the system keeps in memory only what is used.
+        mode: Any = "r" if path.suffix.lower() == ".npy" else None
+        opened = np.load(path, mmap_mode=mode, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            return opened
+        if len(opened.files) != 1:
+            raise DataError(f"{path}: holds {len(opened.files)} arrays; save one alone")
+        return opened[opened.files[0]]
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: no array that can be read: {error}") from error
+
+
 def open_windows(path: pathlib.Path) -> "raster.Bands | ArrayFile":
     """The file of `load`, of which windows can be read. Raises as `load`."""
     return ArrayFile(path) if path.suffix.lower() in ARRAY_SUFFIXES else raster.Bands(path)
@@ -230,11 +252,10 @@ def checked(
     if kept == "float32":
         bad = np.argwhere(~np.isfinite(values) & ~missing)
         if len(bad):
-            row, column, band = bad[0]
+            *place, band = bad[0].tolist()
             raise DataError(
                 f"{path}: {len(bad)} values are infinite, or too large for float32, first in band "
-                f"{band + 1} at row {row}, column {column}; replace them, by NaN if there is "
-                "nothing"
+                f"{band + 1} at {tuple(place)}; replace them, by NaN if there is nothing"
             )
     return Loaded(values, missing if missing.any() else None, nan if nan.any() else None)
 
@@ -243,24 +264,13 @@ class ArrayFile:
     """A `.npy` or `.npz` of one array, in the form of `raster.Bands`. A context manager.
 
     Raises:
-        DataError: it is damaged, holds several arrays, or none of `[H, W, C]` or `[H, W]`.
+        DataError: as `array`; it is not `[H, W, C]` or `[H, W]`.
     """
 
     no_data: Sequence[float | None] | None = None
 
     def __init__(self, path: pathlib.Path) -> None:
-        try:
-            # Mapped: the system keeps in memory only what is used.
-            mode: Any = "r" if path.suffix.lower() == ".npy" else None
-            opened = np.load(path, mmap_mode=mode, allow_pickle=False)
-            if not isinstance(opened, np.ndarray):
-                if len(opened.files) != 1:
-                    raise DataError(f"{path}: holds {len(opened.files)} arrays; save one alone")
-                opened = opened[opened.files[0]]
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path}: no array that can be read: {error}") from error
+        opened = array(path)
         if opened.ndim == 2:
             opened = opened[..., None]
         if opened.ndim != 3 or not opened.size:

@@ -107,6 +107,7 @@ class SegmentationBuilder(_Base):
         needs_source: Whether `prepare` must be given a folder of files.
         lists_sources: Whether `splits` only looks for files, and unpacks nothing.
         has_bands: Whether images are of any bands instead of RGB of 8 bits.
+        ndim: Spatial dimensions, 2 of images, 3 of volumes.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -123,6 +124,7 @@ class SegmentationBuilder(_Base):
     needs_source: ClassVar[bool] = True
     lists_sources: ClassVar[bool] = True
     has_bands: ClassVar[bool] = False
+    ndim: ClassVar[int] = 2
     # tfds looks for checksums of downloads beside the module, by a package it does not require.
     url_infos: ClassVar[Mapping[str, Any]] = {}
 
@@ -187,6 +189,11 @@ class SegmentationBuilder(_Base):
     def decode_image(data: bytes, bands: Bands | None) -> np.ndarray:
         """The image of a record, `[H, W, C]`; of those of `has_bands` `bands` says more."""
         return images.decode_image(data)
+
+    @staticmethod
+    def decode_label(data: bytes) -> np.ndarray:
+        """The label map of a record, uint8 `[*spatial]`."""
+        return images.decode_label(data)
 
     def source_files(self) -> Sequence[pathlib.Path]:
         """The files of `source` on which the records depend.
@@ -311,8 +318,8 @@ class SegmentationBuilder(_Base):
         if example.label.shape != tuple(example.size):
             raise DataError(
                 f"{example.label_file}: the mask is {_hxw(example.label.shape)}, its image "
-                f"{example.image_file} is {_hxw(example.size)} (height x width, after any EXIF "
-                "rotation); save both in the same size and orientation"
+                f"{example.image_file} is {_hxw(example.size)} ({self._axes()}); save both in the "
+                "same size and orientation"
             )
         raw = example.label
         within = (raw >= 0) & (raw < 65536)
@@ -345,6 +352,9 @@ class SegmentationBuilder(_Base):
             f"map it with --mask_values {distinct[largest[0]]}:CLASS, or "
             f"{distinct[largest[0]]}:{self._ignored_value()} to ignore it"
         )
+
+    def _axes(self) -> str:
+        return "height x width, after any EXIF rotation" if self.ndim == 2 else "voxels"
 
     def _ignored_value(self) -> int:
         """A raw value that this data set ignores."""

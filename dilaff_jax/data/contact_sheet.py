@@ -92,13 +92,14 @@ def draw(source: datasets.Source, count: int = 12, side: int = 240) -> np.ndarra
     tiles = []
     for index in chosen:
         example = source[int(index)]
-        image, label = source.picture(example["image"]), example["label"]
+        image, label = source.picture(example["image"]), source.slice_of(example["label"])
         pictures = (
             _fit(image, side, True),
             _fit(overlay(image, label, source.colors), side, True),
             _fit(paint(label, source.colors), side, False),
         )
-        text = f"{index}: {source.names[index]}  {label.shape[0]} x {label.shape[1]}"
+        size = " x ".join(map(str, source.sizes[index]))
+        text = f"{index}: {source.names[index]}  {size}"
         tiles.append(np.concatenate([_caption(text, 3 * side), np.concatenate(pictures, axis=1)]))
     rows = [_side_by_side(tiles[i : i + 2], 2) for i in range(0, len(tiles), 2)]
     head = legend(source.class_names, source.colors, rows[0].shape[1])

@@ -46,8 +46,10 @@ KEYS: schema.Section = {
     ),
     "crop_size": Key(
         (128, 128),
-        Rule("(height, width) in pixels, such as (512, 512)", schema.is_size),
-        "(height, width) of training crops.",
+        Rule(
+            "(height, width) in pixels, such as (512, 512); of volumes three sides", schema.is_size
+        ),
+        "(height, width) of training crops; of volumes the three sides of patches.",
     ),
     "scale_range": Key(
         (0.5, 2.0),
@@ -71,12 +73,30 @@ KEYS: schema.Section = {
     "flip": Key(
         0.5,
         Rule("a probability, 0 to 1", lambda v: 0 <= v <= 1),
-        "Probability of a horizontal flip.",
+        "Probability of a horizontal flip; of volumes of a flip along each axis.",
     ),
     "photometric": Key(
         True,
         schema.SWITCH,
-        "Random brightness, contrast, saturation and hue (SSD's, as in mmsegmentation).",
+        "Random brightness, contrast, saturation and hue (SSD's, as in mmsegmentation); of bands "
+        "brightness and contrast; of volumes these, noise and gamma.",
+    ),
+    "rotation": Key(
+        0.0,
+        Rule("degrees, 0 to 180", lambda v: 0 <= v <= 180),
+        "Of volumes: patches are turned about each axis by up to so many degrees.",
+    ),
+    "rare": Key(
+        0.0,
+        schema.UP_TO_1,
+        "Of volumes: share of the patches that are drawn around a voxel of a class that is not its "
+        "volume's most frequent one, all such classes alike.",
+    ),
+    "normalise": Key(
+        "zscore",
+        schema.choice("zscore", "percentiles", "none"),
+        "Of volumes, each by itself: `zscore`, mean 0 and deviation 1; `percentiles`, the 0.5th is "
+        "0 and the 99.5th is 1; `none`: by means and deviations of the training split.",
     ),
     "pad_rgb": Key(
         (124, 116, 104),  # the mean of ImageNet
@@ -109,7 +129,10 @@ KEYS: schema.Section = {
     ),
     "eval_size": Key(
         schema.Unset(tuple),
-        Rule("(height, width) in pixels, or None", lambda v: v is None or schema.is_size(v)),
+        Rule(
+            "(height, width) in pixels, three sides of volumes, or None",
+            lambda v: v is None or schema.is_size(v),
+        ),
         "(height, width) that evaluation images are padded to, at the bottom and right; None: "
         "those of like size come together, padded to the largest of them.",
     ),

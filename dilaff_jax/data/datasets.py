@@ -15,7 +15,7 @@ from absl import logging
 from tqdm import tqdm
 
 import dilaff_jax.data
-from dilaff_jax.data import data_config, images
+from dilaff_jax.data import data_config, images, volumes
 from dilaff_jax.data.bands import Bands, Moments, with_bands
 from dilaff_jax.data.bands import resized as resized_bands
 from dilaff_jax.data.builder import SegmentationBuilder
@@ -59,6 +59,7 @@ class _Index(NamedTuple):
     names: list[str]
     sizes: np.ndarray  # [N, 2]
     class_pixels: np.ndarray | None  # [C]
+    spacings: np.ndarray | None = None  # [N, 3], of volumes
 
 
 @dataclasses.dataclass
@@ -73,11 +74,13 @@ class Source:
         class_names: Names of the classes, `num_classes` of them.
         colors: uint8 [num_classes, 3], RGB.
         names: Name of each example.
-        sizes: int [N, 2], height and width of each example, after `resize`.
+        sizes: int [N, 2], height and width of each example, after `resize`; of volumes [N, 3].
         class_pixels: int64 [num_classes], labelled pixels of each class in the whole split, before
             `resize`; None where the data set was prepared by tfds itself.
         bands: means and deviations of the images' bands; None where they are RGB of 8 bits.
         dtype: of the images' numbers.
+        spacings: of volumes, [N, 3], size of a voxel along each axis in millimetres; else None.
+        normalise: of volumes, see `volumes.normalised`.
     """
 
     title: str
@@ -93,6 +96,8 @@ class Source:
     cache: bool = False
     bands: Bands | None = None
     dtype: np.dtype = _BYTES
+    spacings: np.ndarray | None = None
+    normalise: volumes.Normalisation = "none"
     _cached: dict[int, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -101,13 +106,23 @@ class Source:
         return len(self.class_names)
 
     @property
+    def ndim(self) -> int:
+        """Spatial dimensions."""
+        return self.builder.ndim
+
+    @property
     def channels(self) -> int:
         """Number of an image's channels, C."""
         return _COLOURS if self.bands is None else self.bands.count
 
     def picture(self, image: np.ndarray) -> np.ndarray:
-        """An image of the split for people to look at, RGB uint8 `[H, W, 3]`."""
-        return image if self.bands is None else self.bands.picture(image)
+        """An image of the split for people to look at, RGB uint8 `[H, W, 3]`; see `slice_of`."""
+        flat = self.slice_of(image)
+        return flat if self.bands is None else self.bands.picture(flat)
+
+    def slice_of(self, x: np.ndarray) -> np.ndarray:
+        """A map of an image as it is; of a volume its middle slice, see `volumes.middle`."""
+        return x if self.ndim == 2 else volumes.middle(x)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -125,9 +140,11 @@ class Source:
 
     def _decode(self, record: dict[str, bytes]) -> dict[str, np.ndarray]:
         image = self.builder.decode_image(record[self.builder.image_key], self.bands)
-        label = images.decode_label(record[self.builder.label_key])
-        if image.shape[:2] != label.shape:
-            raise DataError(f"image {image.shape[:2]} and label {label.shape} differ in size")
+        label = self.builder.decode_label(record[self.builder.label_key])
+        if image.shape[:-1] != label.shape:
+            raise DataError(f"image {image.shape[:-1]} and label {label.shape} differ in size")
+        if self.builder.ndim == 3:
+            image = volumes.normalised(image, self.normalise)
         if self.builder.read_lut is not None:
             label = self.builder.read_lut[label]
         if self.resize != 1:
@@ -173,6 +190,11 @@ def load(config: Any, split: str) -> Source:
         _check_hold_out(config, index.names, keep, split)
     class_names, colors = _classes(stored, builder)
     bands, dtype = _bands(stored, builder, config)
+    if builder.ndim == 3 and config.resize != 1:
+        raise UserError(
+            f"config.data.resize is {config.resize}, and {config.dataset} holds volumes, which are "
+            "read as they are; leave it at 1.0, or resample the files"
+        )
     source = Source(
         title=title,
         class_names=class_names,
@@ -189,6 +211,8 @@ def load(config: Any, split: str) -> Source:
         cache=config.cache,
         bands=bands,
         dtype=dtype,
+        spacings=None if index.spacings is None else index.spacings[keep],
+        normalise=config.normalise,
     )
     _check_cache(source, config)
     return source
@@ -255,6 +279,9 @@ def _index(
         names=[name for split in parts_described for name in split["names"]],
         sizes=np.concatenate([np.array(split["sizes"]) for split in parts_described]),
         class_pixels=np.sum([split["class_pixels"] for split in parts_described], axis=0),
+        spacings=np.concatenate([np.array(split["spacings"]) for split in parts_described])
+        if builder.ndim == 3
+        else None,
     )
 
 
@@ -290,6 +317,11 @@ def _bands(
     trained = [described[s] for s in config.train_split.split("+") if s in described]
     measured = [split["bands"] for split in trained or described.values()]
     together = Moments.joined(measured)
+    dtype = np.dtype(measured[0]["dtype"])
+    if builder.ndim == 3 and config.normalise != "none":  # each by itself, as it is read
+        count = len(together["mean"])
+        together = {"mean": [0.0] * count, "std": [1.0] * count}
+    dtype = np.dtype(np.float32) if builder.ndim == 3 else dtype
     # A band that is the same everywhere says nothing, however it is scaled.
     std = [s or 1.0 for s in together["std"]]
     bands = Bands.of(together["mean"], std, config.shown_bands)
@@ -298,14 +330,15 @@ def _bands(
             f"config.data.bands is {config.bands}, and the images of {config.dataset} have "
             f"{bands.count}; leave it at 0, or prepare the data set anew"
         )
-    return bands, np.dtype(measured[0]["dtype"])
+    return bands, dtype
 
 
 def completed(config: Any) -> Any:
     """The whole config with what its data set says of its images.
 
     Of a data set of bands: their number (`data.bands`), and their means and deviations, as options
-    of the encoder where it is given none. Any other config is returned as it is.
+    of the encoder where it is given none; of volumes `model.ndim`, too. Any other config is
+    returned as it is.
 
     Raises:
         UserError: as `load`.
@@ -316,7 +349,7 @@ def completed(config: Any) -> Any:
         return config
     data_config.check(data)
     bands, _ = _bands(_open(data, builder), builder, data)
-    return config if bands is None else with_bands(config, bands.mean, bands.std)
+    return config if bands is None else with_bands(config, bands.mean, bands.std, builder.ndim)
 
 
 def _check_hold_out(config: Any, names: Sequence[str], keep: np.ndarray, split: str) -> None:

@@ -72,9 +72,11 @@ def image_files(
     """
     by_name: dict[str, pathlib.Path] = {}
     for path in files_below(root, directory):
-        if path.suffix.lower() not in suffixes:
+        # The longest: `.nii.gz` before `.gz`.
+        found = max((s for s in suffixes if path.name.lower().endswith(s)), key=len, default="")
+        if not found:
             continue
-        name = path.relative_to(directory).with_suffix("").as_posix()
+        name = path.relative_to(directory).as_posix()[: -len(found)]
         if name in by_name:
             raise DataError(f"{path} and {by_name[name]} have one name; remove or rename one")
         by_name[name] = inside(root, path)
@@ -88,6 +90,7 @@ def pair_up(
     image_suffix: str = "",
     label_suffix: str = "",
     suffixes: Sequence[str] = IMAGE_SUFFIXES,
+    label_suffixes: Sequence[str] = IMAGE_SUFFIXES,
 ) -> list[Pair]:
     """Pairs every image with the mask of the same name.
 
@@ -98,6 +101,7 @@ def pair_up(
         image_suffix: What follows the common name in an image's name (`_leftImg8bit`).
         label_suffix: What follows the common name in a mask's name (`_L`, `_mask`).
         suffixes: Of files that may be images.
+        label_suffixes: Of files that may be masks.
 
     Returns:
         Pairs sorted by name.
@@ -106,7 +110,7 @@ def pair_up(
         DataError: no image at all, or images without a mask (the first five are named).
     """
     by_name = image_files(root, images, suffixes)
-    masks = image_files(root, labels)
+    masks = image_files(root, labels, label_suffixes)
     names = {
         n.removesuffix(image_suffix): f
         for n, f in by_name.items()

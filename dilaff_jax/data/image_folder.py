@@ -84,6 +84,7 @@ class Builder(builder.SegmentationBuilder):
     options_type: ClassVar[type[builder.Options]] = FolderOptions
     options: FolderOptions
     image_suffixes: ClassVar[Sequence[str]] = folders.IMAGE_SUFFIXES
+    mask_suffixes: ClassVar[Sequence[str]] = folders.IMAGE_SUFFIXES
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -199,8 +200,13 @@ class Builder(builder.SegmentationBuilder):
             choices.append(mask_dir.removesuffix("labels") + "masks")
         where = folders.folder(self.source, image_dir), folders.folder(self.source, *choices)
         self._folders.update(where)
-        suffix, suffixes = self._layout.mask_suffix, self.image_suffixes
-        return folders.pair_up(self.source, *where, label_suffix=suffix, suffixes=suffixes)
+        return folders.pair_up(
+            self.source,
+            *where,
+            label_suffix=self._layout.mask_suffix,
+            suffixes=self.image_suffixes,
+            label_suffixes=self.mask_suffixes,
+        )
 
     def _divided(self, pairs: list[Pair]) -> dict[str, list[Pair]]:
         return split_by_name(pairs, self.options.validation_share)
@@ -229,7 +235,7 @@ def split_by_name(items: Sequence[Any], share: float) -> dict[str, list[Any]]:
     """
     if not 0 <= share < 1:
         raise DataError(f"--validation_share={share}: want 0 to below 1")
-    held = {item.name for item in items if _hash(item.name) < share}
+    held = {item.name for item in items if name_hash(item.name) < share}
     if not held:
         return {"train": list(items)}
     return {
@@ -242,6 +248,6 @@ def _code(color: tuple[int, int, int]) -> int:
     return (color[0] << 16) | (color[1] << 8) | color[2]
 
 
-def _hash(name: str) -> float:
+def name_hash(name: str) -> float:
     """A number in [0, 1) that depends on the name only."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48

@@ -22,6 +22,7 @@ import numpy as np
 
 from dilaff_jax.data import datasets
 from dilaff_jax.data.augment import Augmentation, blank, pad, padding
+from dilaff_jax.data.augment_volume import VolumeAugmentation
 from dilaff_jax.data.batch_iterator import ENDLESS, Batch, Batches
 from dilaff_jax.errors import UserError
 
@@ -56,7 +57,7 @@ class TrainBatchAt:
     """Makes the rows of this process of the global batch of a step."""
 
     source: datasets.Source
-    augmentation: Augmentation
+    augmentation: Augmentation | VolumeAugmentation
     seed: int
     batch_size: int
     num_batches: int
@@ -67,9 +68,9 @@ class TrainBatchAt:
         """`{"image": [b, H, W, C], "label": uint8 [b, H, W]}`, b = batch_size / processes."""
         rows = self.batch_size // self.process_count
         first = step * self.batch_size + self.process_index * rows
-        height, width = self.augmentation.crop_size
-        image = np.empty((rows, height, width, self.source.channels), self.source.dtype)
-        label = np.empty((rows, height, width), np.uint8)
+        shape = (rows, *self.augmentation.crop_size)
+        image = np.empty((*shape, self.source.channels), self.source.dtype)
+        label = np.empty(shape, np.uint8)
         for row in range(rows):
             image[row], label[row] = self.example(first + row)
         return {"image": image, "label": label}
@@ -81,6 +82,10 @@ class TrainBatchAt:
             np.random.Philox(np.random.SeedSequence([self.seed, epoch, index]))
         )
         example = self.source[index]
+        if isinstance(self.augmentation, VolumeAugmentation):
+            assert self.source.spacings is not None
+            spacing = self.source.spacings[index]
+            return self.augmentation(example["image"], example["label"], rng, spacing)
         return self.augmentation(example["image"], example["label"], rng)
 
     def identity(self) -> dict[str, int]:
@@ -94,13 +99,13 @@ class TrainBatchAt:
 
 
 class Group(NamedTuple):
-    """Images of like size: their indices, the (height, width) they are padded to, rows of a batch.
+    """Images of like size: their indices, the size that they are padded to, rows of a batch.
 
     The rows are those of all processes together.
     """
 
     indices: tuple[int, ...]
-    size: tuple[int, int]
+    size: tuple[int, ...]
     rows: int
 
     @property
@@ -138,7 +143,7 @@ class EvalBatchAt:
             "image": blank((rows, *group.size, self.source.channels), self.source.dtype, self.fill),
             "label": np.full((rows, *group.size), 255, np.uint8),
             "mask": np.zeros(rows, bool),
-            "size": np.zeros((rows, 2), np.int32),
+            "size": np.zeros((rows, len(group.size)), np.int32),
             "index": np.full(rows, -1, np.int32),
         }
         for row, index in enumerate(group.indices[first : first + rows]):
@@ -198,9 +203,20 @@ def train_batches(
             f"{source.title} has {len(source)} examples: {num_epochs} epochs do not fill one batch "
             f"of {batch_size}; lower the batch size"
         )
+    if len(config.crop_size) != source.ndim:
+        raise UserError(
+            f"config.data.crop_size is {tuple(config.crop_size)}, and {source.title} holds "
+            f"{'volumes' if source.ndim == 3 else 'images'}; give {source.ndim} sides"
+        )
+    augmentation: Augmentation | VolumeAugmentation
+    if source.ndim == 3:
+        assert source.bands is not None
+        augmentation = VolumeAugmentation.from_config(config, source.bands)
+    else:
+        augmentation = Augmentation.from_config(config, source.bands)
     batch_at = TrainBatchAt(
         source,
-        Augmentation.from_config(config, source.bands),
+        augmentation,
         seed,
         batch_size,
         num_batches,
@@ -268,7 +284,7 @@ def like_sizes(sizes: np.ndarray, batch_size: int, unit: int) -> tuple[Group, ..
     one group, in order. Our choice.
 
     Args:
-        sizes: (height, width) of each image, `[N, 2]`.
+        sizes: (height, width) of each image, `[N, 2]`; of volumes `[N, 3]`.
         batch_size: the most rows.
         unit: what rows are a multiple of.
     """
@@ -291,7 +307,7 @@ def like_sizes(sizes: np.ndarray, batch_size: int, unit: int) -> tuple[Group, ..
         rows = min(batch_size, budget // int(np.prod(box)), -(-len(group) // unit) * unit)
         rows = max(unit, rows // unit * unit)
         indices = tuple(int(i) for i in np.sort(group))
-        groups.append(Group(indices, (int(box[0]), int(box[1])), rows))
+        groups.append(Group(indices, tuple(map(int, box)), rows))
     return tuple(groups)
 
 
@@ -299,7 +315,7 @@ def _box(sizes: np.ndarray) -> np.ndarray:
     return sizes.max(axis=0)
 
 
-def eval_size(config: Any, source: datasets.Source) -> tuple[int, int]:
+def eval_size(config: Any, source: datasets.Source) -> tuple[int, ...]:
     """The (height, width) of all evaluation images: `config.eval_size`, or what the split needs.
 
     It is not rounded up: padding changes predictions next to it, so sets of one size get none.
@@ -309,7 +325,12 @@ def eval_size(config: Any, source: datasets.Source) -> tuple[int, int]:
     """
     largest = source.sizes.max(axis=0)
     if config.eval_size is None:
-        return int(largest[0]), int(largest[1])
+        return tuple(map(int, largest))
+    if len(config.eval_size) != source.ndim:
+        raise UserError(
+            f"config.data.eval_size is {tuple(config.eval_size)}; {source.title} needs "
+            f"{source.ndim} sides"
+        )
     size = tuple(config.eval_size)
     too_large = np.flatnonzero((source.sizes > np.array(size)).any(axis=1))
     if len(too_large):

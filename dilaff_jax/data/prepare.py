@@ -23,6 +23,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from rich.console import Console
@@ -187,8 +188,14 @@ def _quiet() -> Iterator[None]:
 
 def _title(source: datasets.Source) -> str:
     low, high = source.sizes.min(axis=0), source.sizes.max(axis=0)
-    sizes = f"{low[0]} x {low[1]}" + (f" to {high[0]} x {high[1]}" if (low != high).any() else "")
-    return f"{source.title}: {len(source)} images, {sizes} (height x width)"
+    sizes = " to ".join(dict.fromkeys(" x ".join(map(str, size)) for size in (low, high)))
+    if source.ndim == 2:
+        return f"{source.title}: {len(source)} images, {sizes} (height x width)"
+    assert source.spacings is not None
+    voxels = " to ".join(
+        dict.fromkeys(" x ".join(f"{n:g}" for n in v) for v in np.unique(source.spacings, axis=0))
+    )
+    return f"{source.title}: {len(source)} volumes, {sizes} voxels of {voxels} mm"
 
 
 def _histogram(

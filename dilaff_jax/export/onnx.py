@@ -50,6 +50,8 @@ def write(
         ImportError: jax2onnx is not installed.
         UserError: the network holds what jax2onnx cannot convert.
     """
+    if network.ndim != 2:
+        raise UserError("ONNX files are of images; of volumes dilaff_jax.export writes StableHLO")
     try:
         import jax2onnx
     except ImportError as e:

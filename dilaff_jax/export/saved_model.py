@@ -31,6 +31,8 @@ def write(network: Network, folder: str | os.PathLike) -> dict[str, Any]:
         ImportError: TensorFlow is not installed.
         UserError: the size of this network's images cannot stay open.
     """
+    if network.ndim != 2:
+        raise UserError("SavedModels are of images; of volumes dilaff_jax.export writes StableHLO")
     try:
         import tensorflow as tf
         from jax.experimental import jax2tf

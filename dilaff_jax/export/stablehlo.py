@@ -56,8 +56,9 @@ def write(
     Args:
         network: from `serving.network.from_run`.
         path: of the file.
-        size: (height, width), if they are not to stay open, as a network needs that computes with
-            its sizes outside of XLA: pooling into a grid (PSPNet), sliding windows, scales.
+        size: (height, width), or the three sides of volumes, if they are not to stay open, as a
+            network needs that computes with its sizes outside of XLA: pooling into a grid (PSPNet),
+            sliding windows, scales.
         platforms: on which it is to run.
         refiner: number of classes of another network's logits, of any size, that are refined
             instead of its own; 0 for its own. An affinity network by itself refines as many as it
@@ -66,6 +67,10 @@ def write(
     Raises:
         UserError: the network needs a `size`, or has no affinities to refine by.
     """
+    if size and len(size) != network.ndim:
+        raise UserError(f"--size has {len(size)} sides; this model needs {network.ndim}")
+    if refiner and network.ndim == 3:
+        raise UserError("a refiner is of images; of volumes a network with its own logits")
     if not network.segmentation:
         refiner = refiner or len(network.classes.names)
     function = refinement(network) if refiner else program(network)
@@ -106,7 +111,7 @@ def program(network: Network, platform: str = "any") -> Callable[[jax.Array], di
         with dispatch.made_for(platform):
             logits, affinity_logits = network.apply(network.variables, images)
         assert logits is not None
-        size = images.shape[1:3]
+        size = images.shape[1:-1]
         if affinity_logits is None or network.offsets is None:
             full = resize.bilinear(logits, size)
             labels, probs = jnp.argmax(full, axis=-1), jax.nn.softmax(full)
@@ -145,7 +150,7 @@ def refinement(
         assert affinity_logits is not None
         logits = jnp.maximum(logits, NEVER)
         labels, probs = propagate.refine_logits(
-            logits, affinity_logits, offsets, images.shape[1:3], refine, finite=True
+            logits, affinity_logits, offsets, images.shape[1:-1], refine, finite=True
         )
         return {
             "labels": labels.astype(jnp.uint8),
@@ -180,7 +185,7 @@ def _minimum(network: Network, multiple: int) -> int:
     """The least multiple at which the longest offset still has a neighbour inside."""
     if network.offsets is None:
         return multiple
-    sample = network.images(1, 256, 256)
+    sample = network.images(1, *(256,) * network.ndim)
     _, affinity_logits = jax.eval_shape(network.apply, network.variables, sample)
     assert affinity_logits is not None
     pixels = 256 // affinity_logits.shape[1] * (int(np.abs(network.offsets).max()) + 1)
@@ -193,9 +198,11 @@ def _inputs(
     """The images, open in batch, and in height and width unless `size` is given; logits, open."""
     factor = "" if multiple == 1 else f"{multiple}*"
     least = max(1, minimum // multiple)
-    bounds = [] if size else [f"h >= {least}", f"w >= {least}"]
+    names = "dhw"[-network.ndim :]
+    bounds = [] if size else [f"{n} >= {least}" for n in names]
     scope = jax_export.SymbolicScope(bounds)
-    area = f"{factor}h, {factor}w" if size is None else f"{size[0]}, {size[1]}"
+    sides = [f"{factor}{n}" for n in names] if size is None else list(map(str, size))
+    area = ", ".join(sides)
     shape = jax_export.symbolic_shape(f"b, {area}, {network.channels}", scope=scope)
     inputs = [jax.ShapeDtypeStruct(shape, network.dtype)]
     if refiner:
@@ -219,6 +226,8 @@ def describe(
         "pad_rgb": list(network.pad_rgb),
         "bands": network.bands and network.bands.to_json(),
         "resize": network.resize,
+        "ndim": network.ndim,
+        "normalise": network.normalise,
         "classes": network.classes.to_json(),
         "offsets": None if network.offsets is None else network.offsets.tolist(),
         "refine": dict(network.refine),
@@ -276,10 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """HEIGHT,WIDTH as numbers."""
-    height, width = (int(n) for n in text.split(","))
-    return height, width
+def parse_size(text: str) -> tuple[int, ...]:
+    """HEIGHT,WIDTH, or three sides of volumes, as numbers."""
+    return tuple(int(n) for n in text.split(","))
 
 
 if __name__ == "__main__":

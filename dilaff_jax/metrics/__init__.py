@@ -1,9 +1,9 @@
 """Counts that add over batches, devices and processes, and the figures that follow from them.
 
 Counting and dividing are apart: `confusion`, `affinity_histogram` (on the device, under `jit`) and
-`boundary_iou`, `boundary_f`, `trimap`, `transitions` (on the host, image by image) return counts;
-`add` sums them in int64; the `..._summary` functions turn sums into figures, all as shares in
-[0, 1]. A mean of per-batch figures is another number and is offered nowhere.
+`boundary_iou`, `boundary_f`, `trimap`, `transitions`, `surfaces` (on the host, image by image)
+return counts; `add` sums them in int64; the `..._summary` functions turn sums into figures, all but
+distances as shares in [0, 1]. A mean of per-batch figures is another number and is offered nowhere.
 """
 
 from dilaff_jax.metrics.boundary import (
@@ -39,12 +39,14 @@ from dilaff_jax.metrics.regions import (
     mean,
     segmentation_summary,
 )
+from dilaff_jax.metrics.surfaces import Surfaces, surface_summary, surfaces
 from dilaff_jax.metrics.transitions import KINDS, Transitions, transition_summary, transitions
 
 __all__ = [
     "KINDS",
     "WIDTHS",
     "BoundaryF",
+    "Surfaces",
     "Transitions",
     "add",
     "affinity_histogram",
@@ -70,6 +72,8 @@ __all__ = [
     "precision_recall_f1",
     "reliability",
     "segmentation_summary",
+    "surface_summary",
+    "surfaces",
     "transition_summary",
     "transitions",
     "trimap",

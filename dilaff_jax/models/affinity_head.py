@@ -25,6 +25,8 @@ STRIDES = (1, 2, 4)
 class AffinityHead(nn.Module):
     """Affinity logits `[B, ceil(H/stride), ceil(W/stride), K]` from features of several strides.
 
+    Of volumes the same in three dimensions.
+
     Each source is brought to `width` channels and to the head's grid: coarser ones by a 1×1
     convolution and bilinear enlargement, finer ones by strided 3×3 convolutions, so that no edge
     is averaged away before it is seen. Joined, 3×3 convolutions, then 1×1 to the offsets.
@@ -71,7 +73,7 @@ class AffinityHead(nn.Module):
             UserError: options that are not allowed, or that read what there is not.
         """
         self._check()
-        size = -(-image.shape[1] // self.stride), -(-image.shape[2] // self.stride)
+        size = tuple(-(-n // self.stride) for n in image.shape[1:-1])
         maps = {**features, "image": image}
         if logits is not None:
             probs = jax.nn.softmax(resize.bilinear(jax.lax.stop_gradient(logits), size))
@@ -91,27 +93,27 @@ class AffinityHead(nn.Module):
         x = conv(dilation=self.rates[0], name="conv_0")(brought, train)
         for i, rate in enumerate(self.rates[1:], start=1):
             x = conv(dilation=rate, name=f"conv_{i}")(x, train)
-        half = affinity.offsets(self.dilations, symmetric=self.symmetric)
+        half = affinity.offsets(self.dilations, self.style.ndim, self.symmetric)
         x = layers.classifier(len(half), self.style)(x)
         return affinity.mirror(x, self.offsets) if self.symmetric else x
 
     @property
     def offsets(self) -> np.ndarray:
-        """The K offsets of the channels, `[K, 2]`."""
-        return affinity.offsets(self.dilations)
+        """The K offsets of the channels, `[K, ndim]`."""
+        return affinity.offsets(self.dilations, self.style.ndim)
 
     @property
     def torch_keys(self) -> layers.TorchKeys:
         """None: paths are joined by dots."""
         return ()
 
-    def _bring(self, x: jax.Array, source: str, size: tuple[int, int], train: bool) -> jax.Array:
+    def _bring(self, x: jax.Array, source: str, size: tuple[int, ...], train: bool) -> jax.Array:
         conv = functools.partial(layers.ConvNorm, self.width, style=self.style)
         halvings = 0
 
         def is_finer() -> bool:
             if self.is_initializing():
-                return x.shape[1] > size[0] or x.shape[2] > size[1]
+                return any(n > m for n, m in zip(x.shape[1:-1], size, strict=True))
             # The layers that there are: an image of 1 x 1 pixel has no finer map.
             return self.has_variable("params", f"{source}_down{halvings}")
 

@@ -27,8 +27,8 @@ def geometry(
 ) -> Geometry:
     """The padding in numbers, as `lax` understands "SAME" and "VALID"."""
     if isinstance(padding, str):
-        window = [d * (k - 1) + 1 for k, d in zip(kernel.shape[:2], rates, strict=True)]
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+        window = [d * (k - 1) + 1 for k, d in zip(kernel.shape[:-2], rates, strict=True)]
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], window, strides, padding)
     pads = tuple((int(a), int(b)) for a, b in padding)
     return Geometry(tuple(strides), pads, tuple(rates))
 
@@ -54,13 +54,14 @@ def called_by_flax(
 
 
 def native(x: jax.Array, kernel: jax.Array, at: Geometry, depthwise: bool) -> jax.Array:
-    """XLA's own convolution."""
+    """XLA's own convolution, of images or volumes."""
+    order = ("NHWC", "HWIO", "NHWC") if x.ndim == 4 else ("NDHWC", "DHWIO", "NDHWC")
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         at.strides,
         at.pads,
         rhs_dilation=at.rates,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=order,
         feature_group_count=x.shape[-1] if depthwise else 1,
     )

@@ -15,7 +15,7 @@ from dilaff_jax import resize
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import dispatch, geometry
 from dilaff_jax.models import max_pool as by_slices
-from dilaff_jax.models.cpu import batch_norm, depthwise_conv
+from dilaff_jax.models.cpu import batch_norm, depthwise_conv, volume_conv
 from dilaff_jax.models.cpu import conv as conv_on_cpu
 from dilaff_jax.models.gpu import conv as conv_on_gpu
 
@@ -39,21 +39,24 @@ class Style:
     """What all layers of one network share.
 
     Attributes:
-        norm: "batch" or "group" (32 groups, or the most below that divide the channels).
+        norm: "batch", "group" (32 groups, or the most below that divide the channels), or
+            "instance", each channel of each image by itself.
         frozen_norm: BatchNorm uses its running statistics in training too and leaves them as they
             are; its scale and bias still learn.
         dtype: of the computation. Parameters and statistics are float32.
         axis_name: the mapped axis over which BatchNorm averages its statistics.
         remat: compute the encoder's blocks again in the backward pass instead of keeping them.
         convolution: "auto", in the form that the platform is fast at; or "xla", XLA's own.
+        ndim: spatial dimensions, 2 of images, 3 of volumes.
     """
 
-    norm: Literal["batch", "group"] = "batch"
+    norm: Literal["batch", "group", "instance"] = "batch"
     frozen_norm: bool = False
     dtype: Any = jnp.float32
     axis_name: str | None = None
     remat: bool = False
     convolution: Literal["auto", "xla"] = "auto"
+    ndim: int = 2
 
 
 class ConvNorm(nn.Module):
@@ -61,7 +64,7 @@ class ConvNorm(nn.Module):
 
     Attributes:
         features: F; for a depthwise convolution it must be C.
-        kernel: size of the square window.
+        kernel: size of the window, along all axes.
         stride: of the convolution.
         dilation: of the convolution.
         depthwise: one filter a channel.
@@ -92,9 +95,9 @@ class ConvNorm(nn.Module):
         train: bool,
         size: Sequence[int] | None = None,
     ) -> jax.Array:
-        """`[B, H, W, C]` to `[B, H', W', F]`; several maps are joined, as `JoinedConv` does."""
-        reach = self.dilation * (self.kernel - 1) // 2
-        padding = "SAME" if self.padding == "same" else ((reach, reach), (reach, reach))
+        """`[B, *spatial, C]` to `[B, *spatial', F]`; several maps are joined as by `JoinedConv`."""
+        reach, ndim = self.dilation * (self.kernel - 1) // 2, self.style.ndim
+        padding = "SAME" if self.padding == "same" else ((reach, reach),) * ndim
         if isinstance(x, Sequence):
             assert not self.depthwise
             y = JoinedConv(
@@ -110,7 +113,7 @@ class ConvNorm(nn.Module):
             assert size is None
             y = nn.Conv(
                 self.features,
-                (self.kernel, self.kernel),
+                (self.kernel,) * ndim,
                 strides=self.stride,
                 padding=padding,
                 kernel_dilation=self.dilation,
@@ -128,7 +131,7 @@ class ConvNorm(nn.Module):
 
     def _check_batch(self, x: jax.Array) -> None:
         """Raises UserError where batch statistics would be of a single value a channel."""
-        if self.style.norm == "group" or self.style.frozen_norm or self.is_initializing():
+        if self.style.norm != "batch" or self.style.frozen_norm or self.is_initializing():
             return
         values = math.prod(x.shape[:-1])
         if values == 1 and self.style.axis_name is not None:
@@ -150,7 +153,7 @@ class JoinedConv(nn.Module):
 
     Attributes:
         features: F.
-        kernel: size of the square window.
+        kernel: size of the window, along all axes.
         stride: of the convolution.
         padding: as `lax` takes it.
         dilation: of the convolution.
@@ -166,24 +169,25 @@ class JoinedConv(nn.Module):
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array], size: Sequence[int] | None = None) -> jax.Array:
-        """`[B, H, W, C_i]` each to `[B, H', W', F]`; a 1×1 window takes maps of one pixel, too.
+        """`[B, *spatial, C_i]` each to `[B, *spatial', F]`; a 1×1 window takes maps of one pixel.
 
-        With `size` `(H', W')`, a 1×1 window takes maps of any sizes, enlarged after they have been
+        With `size`, `spatial'`, a 1×1 window takes maps of any sizes, enlarged after they have been
         convolved: the same as before, since both are linear in different axes, for fewer FLOPs.
         """
         assert size is None or self.kernel == 1
         channels = sum(x.shape[-1] for x in maps)
-        shape = (self.kernel, self.kernel, channels, self.features)
+        ndim = self.style.ndim
+        shape = (*(self.kernel,) * ndim, channels, self.features)
         dtype, convolve = self.style.dtype, own_conv(False, self.style) or _library_conv
         filters = self.param("kernel", _he_normal(False), shape, jnp.float32).astype(dtype)
         total, start = jnp.zeros((), dtype), 0
         for x in maps:
             y = convolve(
                 x.astype(dtype),
-                filters[:, :, start : start + x.shape[-1]],
-                (self.stride, self.stride),
+                filters[..., start : start + x.shape[-1], :],
+                (self.stride,) * ndim,
                 self.padding,
-                rhs_dilation=(self.dilation, self.dilation),
+                rhs_dilation=(self.dilation,) * ndim,
             )
             total += y if size is None else resize_to(y, size)
             start += x.shape[-1]
@@ -251,7 +255,7 @@ def classifier(
     init = nn.initializers.normal(0.01)
     return nn.Conv(
         features,
-        (1, 1),
+        (1,) * style.ndim,
         dtype=style.dtype,
         kernel_init=init,
         conv_general_dilated=own_conv(False, style),
@@ -263,9 +267,10 @@ def norm(
     features: int, style: Style, train: bool, epsilon: float = EPSILON, two_pass: bool = False
 ) -> nn.Module:
     """The normalisation of the style, named "norm"; `two_pass` as in `ConvNorm`."""
-    if style.norm == "group":
+    if style.norm != "batch":
+        groups = next(g for g in range(32, 0, -1) if features % g == 0)
         return nn.GroupNorm(
-            num_groups=next(g for g in range(32, 0, -1) if features % g == 0),
+            num_groups=groups if style.norm == "group" else features,
             epsilon=epsilon,
             dtype=style.dtype,
             name="norm",
@@ -341,6 +346,8 @@ def own_conv(depthwise: bool, style: Style) -> Callable[..., jax.Array] | None:
     """What Flax's layer is to call instead of XLA's convolution; None where that is best."""
     if style.convolution == "xla":
         return None
+    if style.ndim == 3:
+        return volume_conv.conv
     match dispatch.target():
         case "cpu" | "any":
             return depthwise_conv.conv if depthwise else conv_on_cpu.conv

@@ -15,6 +15,7 @@ package is named "module:attribute". The options of a variant are the module's o
 - A decoder has the fields `num_classes` and `style`; called with these features and `train` it
   returns (scores, the features they were made from), both at the stride it likes. num_classes is 0
   in an affinity network by itself: `layers.classifier` then scores nothing.
+- Either has `ndims`, the spatial dimensions that it is made for, where they are not 2 alone.
 - Both have a property `torch_keys`, see `interop.torch_layout`; () if there is no counterpart.
 """
 
@@ -46,6 +47,8 @@ _FACTORS = Rule(
 _STRIDES = (2, 4, 8, 16, 32)
 # At which scores come whose corners were aligned.
 _ALIGNED_STRIDE = 4
+# Pixels a side with which a model is traced where nobody says.
+_TRACED = 64
 # Of `config.model.segmentation`, where it is not None.
 SEGMENTATION_KEYS: schema.Section = {
     "align_corners": Key(
@@ -78,8 +81,8 @@ KEYS: schema.Section = {
     ),
     "norm": Key(
         "batch",
-        schema.choice("batch", "group"),
-        "`batch` (statistics over all devices) or `group`.",
+        schema.choice("batch", "group", "instance"),
+        "`batch` (statistics over all devices), `group`, or `instance` (a channel of an image).",
     ),
     "frozen_norm": Key(False, schema.SWITCH, "BatchNorm keeps its running statistics in training."),
     "dtype": Key(
@@ -97,6 +100,12 @@ KEYS: schema.Section = {
         "auto",
         schema.choice("auto", "xla"),
         "`auto`, in the form that the platform is fast at; or `xla`, XLA's own.",
+    ),
+    "ndim": Key(
+        2,
+        schema.choice(2, 3),
+        "Spatial dimensions: 2 of images, 3 of volumes. Data sets of volumes fill it in; `unet` "
+        "(encoder and decoder) and `fcn` are made for both.",
     ),
     "decoder": Key(
         "deeplabv3",
@@ -161,7 +170,7 @@ class Segmenter(nn.Module):
         scores, decoded = self.decoder(features, train)
         logits = scores.astype(jnp.float32) if self.segmentation else None
         if self.align_corners and logits is not None:
-            size = images.shape[1:3]
+            size = images.shape[1:-1]
             grid = [-(-n // _ALIGNED_STRIDE) for n in size]
             logits = resize.from_aligned_corners(logits, size, grid)
         aux = affinities = None
@@ -236,8 +245,11 @@ def build(
         head = module_options.make_module(
             affinity_head.AffinityHead, {"style": style}, config["affinity"], "affinity"
         )
+    _check_ndim(config, {"encoder": encoder, "decoder": decoder})
     options = schema.defaults(SEGMENTATION_KEYS).to_dict() | dict(segmentation or {})
     schema.check(options, SEGMENTATION_KEYS, "config.model.segmentation")
+    if options["align_corners"] and style.ndim != 2:
+        raise UserError("model.segmentation.align_corners is of images, and model.ndim is 3")
     return Segmenter(encoder, decoder, aux, head, segmentation is not None, **options)
 
 
@@ -266,9 +278,10 @@ def build_encoder(
     return encoder
 
 
-def abstract_variables(model: nn.Module, size: Sequence[int] = (64, 64)) -> Any:
+def abstract_variables(model: nn.Module, size: Sequence[int] = ()) -> Any:
     """Shapes and dtypes of the variables; `size` is that of the images it is traced with."""
     encoder: Any = model.encoder
+    size = size or (_TRACED,) * encoder.style.ndim
     images = jax.ShapeDtypeStruct((1, *size, len(encoder.mean)), jnp.uint8)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
@@ -279,9 +292,10 @@ def normalise(images: jax.Array, encoder: nn.Module) -> jax.Array:
     Raises:
         UserError: `images` are not `[B, H, W, C]` of as many channels as the encoder has means.
     """
-    channels = len(encoder.mean)
-    if images.ndim != 4 or images.shape[-1] != channels:
-        expected = "RGB [B, H, W, 3]" if channels == 3 else f"[B, H, W, {channels}]"
+    channels, ndim = len(encoder.mean), encoder.style.ndim
+    if images.ndim != ndim + 2 or images.shape[-1] != channels:
+        expected = f"[B, {'H, W' if ndim == 2 else 'D, H, W'}, {channels}]"
+        expected = f"RGB {expected}" if (ndim, channels) == (2, 3) else expected
         raise UserError(f"images have shape {images.shape}; expected {expected}")
     mean, std = (jnp.array(v, jnp.float32) for v in (encoder.mean, encoder.std))
     return ((images.astype(jnp.float32) - mean) / std).astype(encoder.style.dtype)
@@ -326,4 +340,16 @@ def _style(config: Mapping[str, Any], axis_name: str | None) -> layers.Style:
         axis_name,
         config["remat"],
         config["convolution"],
+        config["ndim"],
     )
+
+
+def _check_ndim(config: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
+    """Raises UserError for a part that is not made for so many dimensions."""
+    for part, module in modules.items():
+        if config["ndim"] not in getattr(module, "ndims", (2,)):
+            raise UserError(
+                f"model.ndim is {config['ndim']} and model.{part} {config[part]!r} is made for "
+                "images; for volumes there are encoder 'unet', decoder 'unet' and 'fcn', or a "
+                "module of your own that has 3 in its `ndims`"
+            )

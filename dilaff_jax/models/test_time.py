@@ -10,17 +10,22 @@ import ml_collections
 import numpy as np
 
 from dilaff_jax import propagate, resize, schema
+from dilaff_jax.errors import UserError
 from dilaff_jax.schema import Key, Rule
 
 Outputs: TypeAlias = Mapping[str, Any]
 Apply: TypeAlias = Callable[[jax.Array], Outputs]
 
+# The axis that a flip turns round: of images left and right change places.
+_MIRRORED = 2
+# Of a window's weights, as a share of its sides; and the least of them.
+_SIGMA, _LEAST = 1 / 8, 1e-3
 
 KEYS: schema.Section = {
     "window": Key(
         None,
-        schema.or_none(Rule("(height, width)", schema.is_size)),
-        "(height, width) of a sliding window; None: the whole image at once.",
+        schema.or_none(Rule("(height, width), or three sides of volumes", schema.is_size)),
+        "(height, width) of a sliding window, or its three sides; None: the whole image at once.",
     ),
     "stride": Key(
         2 / 3,
@@ -65,19 +70,19 @@ def infer(
         config: see `KEYS`.
     """
     check(config)
-    size = images.shape[1:3]
+    size = images.shape[1:-1]
     flips = (False, True) if config.flip else (False,)
     views = list(itertools.product(config.scales, flips))
     if views == [(1.0, False)]:
         return _one_view(apply, images, config)
     probs, affinities = jnp.zeros(()), []
     for scale, flip in views:
-        view = images[:, :, ::-1] if flip else images
+        view = jnp.flip(images, _MIRRORED) if flip else images
         scaled = tuple(max(1, round(n * scale)) for n in size)
         logits, affinity = _one_view(apply, resize.bilinear(view, scaled), config)
         if logits is not None:
             seen = jax.nn.softmax(resize.bilinear(logits, size))
-            probs = probs + (seen[:, :, ::-1] if flip else seen)
+            probs = probs + (jnp.flip(seen, _MIRRORED) if flip else seen)
         if scale == 1.0 and affinity is not None:
             affinities.append(_unflip(affinity, offsets) if flip else affinity)
     mean = sum(affinities[1:], affinities[0]) / len(affinities) if affinities else None
@@ -88,20 +93,26 @@ def infer(
 def _one_view(
     apply: Apply, images: jax.Array, config: ml_collections.ConfigDict
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    if config.window is None or _fits(images.shape[1:3], config.window):
+    if config.window is None or _fits(images.shape[1:-1], config.window):
         outputs = apply(images)
         return outputs["logits"], outputs["affinity_logits"]
     return _sliding(apply, images, config.window, config.stride)
 
 
 def _fits(size: Sequence[int], window: Sequence[int]) -> bool:
-    return size[0] <= window[0] and size[1] <= window[1]
+    if len(size) != len(window):
+        raise UserError(f"inference.window is {tuple(window)}; expected {len(size)} sides")
+    return all(n <= w for n, w in zip(size, window, strict=True))
 
 
 def _sliding(
     apply: Apply, images: jax.Array, window: Sequence[int], stride: float
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Averages the logits of overlapping windows; affinities likewise, on their own grid."""
+    """Averages the logits of overlapping windows; affinities likewise, on their own grid.
+
+    Of volumes a window counts less towards its sides, where it sees less around: by a Gaussian of
+    an eighth of its side, as in nnU-Net (https://arxiv.org/abs/1809.10486). Of images all alike.
+    """
     batch, *size, _ = images.shape
     window = tuple(min(w, n) for w, n in zip(window, size, strict=True))
     crop = jax.ShapeDtypeStruct((batch, *window, images.shape[-1]), images.dtype)
@@ -113,7 +124,9 @@ def _sliding(
     canvas = [t[-1] + w for t, w in zip(tops, window, strict=True)]
     padding = [(0, 0), *((0, max(0, c - n)) for c, n in zip(canvas, size, strict=True)), (0, 0)]
     padded = jnp.pad(images, padding, mode="edge")
-    corners = np.array([(y, x) for y in tops[0] for x in tops[1]], np.int32)
+    corners = np.array(list(itertools.product(*tops)), np.int32)
+    is_volume = len(size) == 3
+    weigh = _gaussian if is_volume else _alike
 
     def visit(sums: Any, corner: jax.Array) -> tuple[Any, None]:
         part = jax.lax.dynamic_slice(padded, (0, *corner, 0), crop.shape)
@@ -121,27 +134,30 @@ def _sliding(
         new = {}
         if logits_shape is not None:
             logits = resize.bilinear(outputs["logits"], window)
+            logits = jnp.asarray(weigh(window)) * logits if is_volume else logits
             new["logits"] = _add(sums["logits"], logits, corner)
         if affinity_shape is not None:
-            new["affinity"] = _add(sums["affinity"], outputs["affinity_logits"], corner // cell)
+            edges = outputs["affinity_logits"]
+            edges = weigh(affinity_shape.shape[1:-1]) * edges if is_volume else edges
+            new["affinity"] = _add(sums["affinity"], edges, corner // cell)
         return new, None
 
     sums = {}
     if logits_shape is not None:
         sums["logits"] = jnp.zeros((batch, *canvas, logits_shape.shape[-1]))
     if affinity_shape is not None:
-        grid = [t[-1] // cell + n for t, n in zip(tops, affinity_shape.shape[1:3], strict=True)]
+        grid = [t[-1] // cell + n for t, n in zip(tops, affinity_shape.shape[1:-1], strict=True)]
         sums["affinity"] = jnp.zeros((batch, *grid, affinity_shape.shape[-1]))
     sums, _ = jax.lax.scan(visit, sums, jnp.asarray(corners))
     logits = None
     if logits_shape is not None:
-        logits = sums["logits"] / _visits(canvas, corners, window)
-        logits = logits[:, : size[0], : size[1]]
+        logits = sums["logits"] / _visits(canvas, corners, weigh(window))
+        logits = logits[:, *map(slice, size)]
     if affinity_shape is None:
         return logits, None
-    affinity = sums["affinity"] / _visits(grid, corners // cell, affinity_shape.shape[1:3])
-    rows, columns = (-(-n // cell) for n in size)
-    return logits, affinity[:, :rows, :columns]
+    weights = weigh(affinity_shape.shape[1:-1])
+    affinity = sums["affinity"] / _visits(grid, corners // cell, weights)
+    return logits, affinity[:, *(slice(-(-n // cell)) for n in size)]
 
 
 def window_starts(size: int, window: int, stride: float, cell: int) -> list[int]:
@@ -157,16 +173,31 @@ def _add(canvas: jax.Array, part: jax.Array, corner: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(canvas, before + part, start)
 
 
-def _visits(size: Sequence[int], corners: np.ndarray, window: Sequence[int]) -> np.ndarray:
+def _alike(window: Sequence[int]) -> np.ndarray:
+    return np.ones((*window, 1), np.float32)
+
+
+def _gaussian(window: Sequence[int]) -> np.ndarray:
+    """Weights `[*window, 1]`, 1 in the middle, never so small that their sum loses digits."""
+    weights = np.ones((*window, 1))
+    for axis, n in enumerate(window):
+        distance = (np.arange(n) - (n - 1) / 2) / (n * _SIGMA)
+        weights *= np.exp(-(distance**2) / 2).reshape(-1, *[1] * (len(window) - axis))
+    return np.maximum(weights, _LEAST).astype(np.float32)
+
+
+def _visits(size: Sequence[int], corners: np.ndarray, weights: np.ndarray) -> np.ndarray:
     counts = np.zeros((*size, 1), np.float32)
-    for y, x in corners:
-        counts[y : y + window[0], x : x + window[1]] += 1
+    for corner in corners:
+        part = tuple(slice(a, a + n) for a, n in zip(corner, weights.shape[:-1], strict=True))
+        counts[part] += weights
     return counts
 
 
 def _unflip(affinity: jax.Array, offsets: np.ndarray | None) -> jax.Array:
-    """Mirrors affinities back: o = (u, v) seen in a mirror is (u, -v)."""
+    """Mirrors affinities back: o = (u, v) seen in a mirror is (u, -v), along the second axis."""
     assert offsets is not None
-    mirrored = offsets * np.array([1, -1])
+    mirrored = offsets.copy()
+    mirrored[:, _MIRRORED - 1] *= -1
     order = [int(np.flatnonzero((offsets == o).all(axis=1))[0]) for o in mirrored]
-    return affinity[:, :, ::-1][..., np.array(order)]
+    return jnp.flip(affinity, _MIRRORED)[..., np.array(order)]

@@ -46,7 +46,7 @@ class Programs:
     Args:
         config: the whole config.
         num_classes: C.
-        eval_size: (height, width) of evaluation images.
+        eval_size: (height, width) of evaluation images, or three sides of volumes.
         devices: mapped by shard_map.
 
     Raises:
@@ -57,7 +57,7 @@ class Programs:
         self,
         config: ml_collections.ConfigDict,
         num_classes: int,
-        eval_size: tuple[int, int],
+        eval_size: tuple[int, ...],
         devices: Devices,
     ) -> None:
         # Which weights classes have changes nothing that is compiled.
@@ -127,7 +127,7 @@ class Programs:
         batch = self._batch(rows, self._config.data.crop_size)
         return self._lower(program, state, batch, self._seed)
 
-    def _batch(self, rows: int, size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    def _batch(self, rows: int, size: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (rows * self._devices.total, *size)
         return {
             "image": jax.ShapeDtypeStruct((*shape, self._model.channels), self._dtype),
@@ -264,7 +264,7 @@ def memory_limit(chip: Chip, devices: list[Any]) -> float | None:
 
 def classes_and_size(
     config: ml_collections.ConfigDict, classes: int
-) -> tuple[int, tuple[int, int]]:
+) -> tuple[int, tuple[int, ...]]:
     """Classes and size of evaluation images, from the data set if it is prepared."""
     data = config.data
     try:
@@ -274,7 +274,8 @@ def classes_and_size(
         if not (classes or names):
             raise  # only the files of this data set say how many classes there are
         size = tuple(data.eval_size or data.crop_size)
-        print(f"{data.dataset} is not prepared: evaluation is taken at {size[0]}x{size[1]}")
+        at = "x".join(map(str, size))
+        print(f"{data.dataset} is not prepared: evaluation is taken at {at}")
         return classes or len(names), size
     return classes or source.num_classes, pipeline.eval_size(data, source)
 

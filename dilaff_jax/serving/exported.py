@@ -58,6 +58,8 @@ def read(path: str | os.PathLike) -> Network:
         tuple(metadata["pad_rgb"]),
         metadata["multiple"],
         metadata["minimum"],
-        None if size is None else (size[0], size[1]),
+        None if size is None else tuple(size),
         Bands.from_json(metadata["bands"]) if metadata.get("bands") else None,
+        metadata.get("ndim", 2),
+        metadata.get("normalise", "none"),
     )

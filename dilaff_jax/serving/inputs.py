@@ -9,11 +9,12 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 
 from dilaff_jax.data import bands as bands_lib
-from dilaff_jax.data import images
+from dilaff_jax.data import images, volumes
 from dilaff_jax.data.bands import Bands
 from dilaff_jax.data.images import DataError
 from dilaff_jax.data.raster import Raster
 from dilaff_jax.errors import UserError
+from dilaff_jax.serving.network import Network
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,26 +22,29 @@ class Seen:
     """An image.
 
     Attributes:
-        pixels: what a network takes, `[H, W, C]`.
-        picture: RGB uint8 `[H, W, 3]`, for people.
-        there: where it has data, bool `[H, W]`; None for everywhere.
+        pixels: what a network takes, `[H, W, C]`; of volumes `[D, H, W, C]`.
+        picture: RGB uint8 `[H, W, 3]`, for people; of a volume of its middle slice.
+        there: where it has data, bool `[*spatial]`; None for everywhere.
+        place: of a volume, where it lies; None of an image.
     """
 
     pixels: np.ndarray
     picture: np.ndarray
     there: np.ndarray | None = None
+    place: volumes.Place | None = None
 
 
 ImageLike: TypeAlias = str | os.PathLike | np.ndarray | Seen
 
 
-def read(image: ImageLike, bands: Bands | None) -> Seen:
-    """A file or an array for a network of these bands, or of RGB.
+def read(image: ImageLike, network: Network) -> Seen:
+    """A file or an array for a network.
 
     Args:
-        image: a file; an array, RGB uint8 `[H, W, 3]` or `[H, W, C]` of the bands in the units of
-            the training images, NaN where there is no data; or what this function gave.
-        bands: that the network takes; None for RGB.
+        image: a file; an array, RGB uint8 `[H, W, 3]`, or `[H, W, C]` of its bands in the units of
+            the training images, or a volume `[D, H, W, C]` or `[D, H, W]`, NaN where there is no
+            data; or what this function gave.
+        network: that is to see it.
 
     Raises:
         DataError: the file is not a readable image, or one of other bands.
@@ -48,6 +52,9 @@ def read(image: ImageLike, bands: Bands | None) -> Seen:
     """
     if isinstance(image, Seen):
         return image
+    bands = network.bands
+    if bands is not None and network.ndim == 3:
+        return _volume(image, bands, network.normalise)
     if bands is None:
         pixels = read_image(image)
         return Seen(pixels, pixels)
@@ -65,6 +72,18 @@ def read(image: ImageLike, bands: Bands | None) -> Seen:
         loaded = bands_lib.checked(values, None, pathlib.Path("image"))
     pixels = bands.filled(loaded.values.astype(np.float32), loaded.missing)
     return Seen(pixels, bands.picture(pixels), _there(loaded.missing))
+
+
+def _volume(image: Any, bands: Bands, normalise: volumes.Normalisation) -> Seen:
+    if isinstance(image, str | os.PathLike):
+        volume, what = volumes.load(pathlib.Path(image)), str(image)
+    else:
+        values = volumes.checked(np.asarray(image), pathlib.Path("the volume"))
+        volume, what = volumes.Volume(*values, volumes.Place("", (1.0, 1.0, 1.0))), "the volume"
+    _check_count(volume.values.shape[-1], bands, what)
+    pixels = volumes.normalised(volume.values, normalise)
+    picture = bands.picture(volumes.middle(pixels))
+    return Seen(pixels, picture, _there(volume.missing), volume.place)
 
 
 def read_image(image: ImageLike) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dilaff_jax.data import augment, bands
+from dilaff_jax.data import augment, bands, volumes
 from dilaff_jax.data.bands import Bands
 from dilaff_jax.data.class_list import Classes, read_classes
 from dilaff_jax.errors import UserError
@@ -38,8 +38,10 @@ class Network:
         pad_rgb: what fills an image outside its content, in [0, 255].
         multiple: of which height and width must be; 1 for any size.
         minimum: the least height and width.
-        size: the only (height, width) that it takes; None for others too.
+        size: the only (height, width), or sides of volumes, that it takes; None for others too.
         bands: of images that are not RGB of 8 bits but float32 of these; None for RGB.
+        ndim: spatial dimensions, 2 of images, 3 of volumes.
+        normalise: of volumes, see `volumes.normalised`.
     """
 
     apply: Apply
@@ -52,8 +54,10 @@ class Network:
     pad_rgb: tuple[int, ...] = (124, 116, 104)
     multiple: int = 1
     minimum: int = 1
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
     bands: Bands | None = None
+    ndim: int = 2
+    normalise: volumes.Normalisation = "none"
 
     @property
     def channels(self) -> int:
@@ -71,7 +75,7 @@ class Network:
         return augment.padding(self.pad_rgb, self.bands)
 
     def images(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """A batch of images of (batch, height, width)."""
+        """A batch of images of (batch, *spatial)."""
         return jax.ShapeDtypeStruct((*shape, self.channels), self.dtype)
 
 
@@ -114,6 +118,8 @@ def from_run(
         config.data.resize,
         tuple(config.data.pad_rgb),
         bands=_bands(config, model),
+        ndim=model.encoder.style.ndim,
+        normalise=config.data.get("normalise", "none"),
     )
     return network, model, step
 
@@ -128,7 +134,7 @@ def _of_same_bands(
     if not trained.data.get("bands", 0):
         return config
     options = trained.model.encoder_options
-    return bands.with_bands(config, options.mean, options.std)
+    return bands.with_bands(config, options.mean, options.std, trained.model.get("ndim", 2))
 
 
 def _bands(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -> Bands | None:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dilaff_jax.data import bands, folders, source_record
+from dilaff_jax.data import bands, folders, source_record, volumes
 from dilaff_jax.data.bands import ARRAY_SUFFIXES
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
@@ -110,6 +110,8 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
 
 def known(network: Network) -> Sequence[str]:
     """Suffixes of what a network takes: images and videos; of bands, images and arrays."""
+    if network.ndim == 3:
+        return volumes.SUFFIXES
     own = SUFFIXES if network.bands is None else ARRAY_SUFFIXES
     return (*folders.IMAGE_SUFFIXES, *own)
 
@@ -128,16 +130,16 @@ def find(
         UserError: there is nothing to segment.
     """
     if source.is_file():
-        return {source.stem: source}
+        return {_stem(source.name, suffixes): source}
     if not source.is_dir():
         raise FileNotFoundError(f"{source} does not exist; give an image, a video or a folder")
     if source.resolve() == output.resolve():
         raise UserError(f"input and output are both {source}; give another folder as output")
-    paths = [p for p in _walk(source, output) if p.suffix.lower() in suffixes]
+    paths = [p for p in _walk(source, output) if p.name.lower().endswith(tuple(suffixes))]
     if not paths:
         raise UserError(f"{source} holds no image or video; known are {', '.join(suffixes)}")
     full = {p.relative_to(source).as_posix(): p for p in paths}
-    stems = [pathlib.PurePosixPath(name).with_suffix("").as_posix() for name in full]
+    stems = [_stem(name, suffixes) for name in full]
     times = collections.Counter(stems)
     # Frames of clip.mp4 go where images of a folder clip/ go.
     parents = {str(parent) for name in full for parent in pathlib.PurePosixPath(name).parents}
@@ -147,13 +149,19 @@ def find(
     }
 
 
+def _stem(name: str, suffixes: Sequence[str]) -> str:
+    """The name without its suffix, the longest that fits: `.nii.gz` before `.gz`."""
+    found = max((s for s in suffixes if name.lower().endswith(s)), key=len, default="")
+    return name[: -len(found)] if found else pathlib.PurePosixPath(name).with_suffix("").as_posix()
+
+
 def unused(
     source: pathlib.Path, output: pathlib.Path, suffixes: Sequence[str]
 ) -> list[pathlib.Path]:
     """The files below a folder that are neither images nor videos, hidden ones left out."""
     if source.is_file():
         return []
-    return [p for p in _walk(source, output) if p.suffix.lower() not in suffixes]
+    return [p for p in _walk(source, output) if not p.name.lower().endswith(tuple(suffixes))]
 
 
 def _walk(source: pathlib.Path, output: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -181,6 +189,11 @@ def settled(options: Options, predictor: Predictor) -> Options:
         for name, wanted in asked.items():
             if wanted:
                 raise UserError(f"{name} was asked for, but this model has no affinity head")
+    if predictor.network.ndim == 3 and (options.tile or options.edges):
+        raise UserError(
+            "tile and edges are of images; a volume that is too large goes through windows "
+            "(config.inference.window)"
+        )
     if options.tile and (options.probs or options.edges or options.temporal):
         raise UserError("in tiles labels are written; probs, edges and temporal need whole images")
     if options.temporal and options.propagation == "without":
@@ -202,6 +215,8 @@ def check_targets(files: dict[str, pathlib.Path], options: Options) -> None:
 
 def by_size(files: dict[str, pathlib.Path], network: Network) -> list[tuple[str, pathlib.Path]]:
     """Files of one size behind one another, so that each program is compiled once."""
+    if network.ndim == 3:
+        return sorted(files.items())  # their sizes are not known without reading them
     sizes = {name: _size(path, network.bands is not None) for name, path in files.items()}
     different = len(set(sizes.values()))
     if different > PROGRAMS:

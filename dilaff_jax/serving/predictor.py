@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from dilaff_jax import propagate, resize, visualize
-from dilaff_jax.data import bands, contact_sheet
+from dilaff_jax.data import bands, contact_sheet, volumes
 from dilaff_jax.data.augment import blank
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.errors import UserError
@@ -35,16 +35,18 @@ CELL = 32
 
 
 class Geometry(NamedTuple):
-    """Height and width of an image as given, as scaled, and as padded for the network."""
+    """Height and width of an image as given, as scaled, and as padded for the network.
 
-    original: tuple[int, int]
-    scaled: tuple[int, int]
-    canvas: tuple[int, int]
+    Of a volume its three sides.
+    """
 
-    def cells(self, grid: tuple[int, ...]) -> tuple[int, int]:
+    original: tuple[int, ...]
+    scaled: tuple[int, ...]
+    canvas: tuple[int, ...]
+
+    def cells(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """How many of a grid's cells over the canvas touch the scaled image."""
-        rows, columns = (-(-n * g // c) for n, g, c in zip(self.scaled, grid, self.canvas))  # noqa: B905
-        return rows, columns
+        return tuple(-(-n * g // c) for n, g, c in zip(self.scaled, grid, self.canvas))  # noqa: B905
 
 
 class Raw(NamedTuple):
@@ -70,6 +72,7 @@ class Result:
         classes: names and colours.
         offsets: of the affinities, `[K, 2]`, in cells of their grid (row, column); None without.
         affinity_logits: float32 `[h', w', K]` on the affinity head's grid; None without a head.
+        place: of a volume, where it lies; then maps are `[D, H, W]`, the image its middle slice.
     """
 
     image: np.ndarray
@@ -79,6 +82,7 @@ class Result:
     offsets: np.ndarray | None
     affinity_logits: np.ndarray | None
     _probs: jax.Array = dataclasses.field(repr=False)
+    place: volumes.Place | None = None
 
     @functools.cached_property
     def probs(self) -> np.ndarray:
@@ -101,8 +105,12 @@ class Result:
         )
 
     def overlay(self, labels: np.ndarray | None = None) -> np.ndarray:
-        """The image with labels (by default these) over it, RGB uint8 `[H, W, 3]`."""
+        """The image with labels (by default these) over it, RGB uint8 `[H, W, 3]`.
+
+        Of a volume its middle slice, see `volumes.middle`.
+        """
         shown = self.labels if labels is None else labels
+        shown = volumes.middle(shown) if shown.ndim == 3 else shown
         return contact_sheet.overlay(self.image, shown, self.classes.colors)
 
 
@@ -186,7 +194,7 @@ class Predictor:
 
     def read(self, image: ImageLike) -> Seen:
         """The image of a file or an array, as the network takes it; see `inputs.read`."""
-        return inputs.read(image, self.network.bands)
+        return inputs.read(image, self.network)
 
     def refine(
         self,
@@ -214,6 +222,11 @@ class Predictor:
         """
         if not self.has_affinity:
             raise UserError("this model has no affinity head, so it cannot refine")
+        if self.network.ndim == 3:
+            raise UserError(
+                "this model is of volumes, of which others' results are not refined from files; "
+                "dilaff_jax.propagate.refine_logits takes arrays of three dimensions"
+            )
         seen = self.read(image)
         scores = foreign.one_image(logits, channels_first)
         classes = foreign.classes(scores, self.network)
@@ -228,13 +241,15 @@ class Predictor:
 
     def infer(self, image: np.ndarray) -> Raw:
         """Runs the network alone on `Seen.pixels`, `[H, W, C]`."""
-        geometry = self.geometry(image.shape[:2])
-        rows, columns = geometry.scaled
+        geometry = self.geometry(image.shape[:-1])
         if geometry.scaled != geometry.original:
+            if len(geometry.scaled) == 3:
+                raise UserError("volumes are not scaled; leave resize at 1, or resample the files")
+            rows, columns = geometry.scaled
             image = bands.resized(image, (rows, columns), cv2.INTER_AREA)
         network = self.network
         canvas = blank((*geometry.canvas, network.channels), network.dtype, network.fill)
-        canvas[:rows, :columns] = image
+        canvas[tuple(map(slice, geometry.scaled))] = image
         logits, affinity_logits = self._programs(geometry.canvas)(
             self.network.variables, canvas[None]
         )
@@ -255,7 +270,7 @@ class Predictor:
             raw.affinity_logits,
             self.network.offsets,
             self.operator if refine is None else refine,
-            raw.geometry.cells(raw.affinity_logits.shape[1:3]),
+            raw.geometry.cells(raw.affinity_logits.shape[1:-1]),
             finite=finite,
         )
 
@@ -268,11 +283,10 @@ class Predictor:
         """
         affinity_logits = raw.affinity_logits
         assert raw.logits is not None
-        grid = () if affinity_logits is None else affinity_logits.shape[1:3]
+        grid = () if affinity_logits is None else affinity_logits.shape[1:-1]
         labels, plain, probs = _enlarge(raw.logits, change, raw.geometry, grid, own)
         if affinity_logits is not None:
-            rows, columns = raw.geometry.cells(grid)
-            affinity_logits = affinity_logits[0, :rows, :columns]
+            affinity_logits = affinity_logits[0, *map(slice, raw.geometry.cells(grid))]
         return Result(
             image=image,
             labels=np.array(labels[0]),
@@ -291,15 +305,15 @@ class Predictor:
         canvas = [-(-max(n, least) // multiple) * multiple for n in scaled]
         if self.network.size is not None:
             if any(n > m for n, m in zip(scaled, self.network.size, strict=True)):
+                found, made = (" x ".join(map(str, n)) for n in (scaled, self.network.size))
                 raise UserError(
-                    f"an image is of {scaled[0]} x {scaled[1]} pixels, and this model was exported "
-                    f"for {self.network.size[0]} x {self.network.size[1]}; lower resize, or export "
-                    "it for a larger size"
+                    f"an image is of {found} pixels, and this model was exported for {made}; lower "
+                    "resize, or export it for a larger size"
                 )
             canvas = list(self.network.size)
-        return Geometry((size[0], size[1]), (scaled[0], scaled[1]), (canvas[0], canvas[1]))
+        return Geometry(tuple(size), tuple(scaled), tuple(canvas))
 
-    def _compile(self, canvas: tuple[int, int]) -> Any:
+    def _compile(self, canvas: tuple[int, ...]) -> Any:
         images = self.network.images(1, *canvas)
         return jax.jit(self.network.apply).lower(self.network.variables, images).compile()
 
@@ -345,11 +359,11 @@ def load(
 
 
 def _where_seen(result: Result, seen: Seen) -> Result:
-    """The result, ignored where the image has no data."""
+    """The result in its place, ignored where the image has no data."""
     if seen.there is not None:
         for labels in (result.labels, result.plain):
             labels[~seen.there] = IGNORE_LABEL
-    return result
+    return dataclasses.replace(result, place=seen.place)
 
 
 @functools.partial(jax.jit, static_argnames=("geometry", "grid", "own"))
@@ -364,8 +378,7 @@ def _enlarge(
 
     def fit(x: jax.Array, covered: tuple[int, ...]) -> jax.Array:
         """Enlarges what covers so many scaled pixels, and cuts the image out of it."""
-        rows, columns = geometry.scaled
-        inner = resize.bilinear(x, covered)[:, :rows, :columns]
+        inner = resize.bilinear(x, covered)[:, *map(slice, geometry.scaled)]
         return resize.bilinear(inner, geometry.original)
 
     if own:
@@ -374,7 +387,7 @@ def _enlarge(
         scores = plain = resize.bilinear_logits(logits, geometry.original)
     if change is not None:
         # Cells of a padded canvas are whole; of an unpadded one they are stretched to its size.
-        covered = [n * c // g for n, c, g in zip(change.shape[1:3], geometry.canvas, grid)]  # noqa: B905
+        covered = [n * c // g for n, c, g in zip(change.shape[1:-1], geometry.canvas, grid)]  # noqa: B905
         scores = plain + fit(change, tuple(covered))
     labels, unrefined = (jnp.argmax(x, axis=-1).astype(jnp.uint8) for x in (scores, plain))
     return labels, unrefined, jax.nn.softmax(scores)

@@ -97,6 +97,8 @@ def refine(
     """
     if not predictor.has_affinity:
         raise UserError("this model has no affinity head, so it cannot refine")
+    if predictor.network.ndim == 3:
+        raise UserError("this model is of volumes; --mode refine refines results of images")
     if options.propagation == "without":
         raise UserError("--mode refine refines: give --propagation=with or both")
     options = predict_files.settled(options, predictor)

@@ -27,6 +27,7 @@ OPERATORS = ["identity", "random_walk", "signed"]
 
 def of_files(predictor: Predictor, folder: pathlib.Path) -> Viewer:
     """A viewer of an image, or of the images below a folder. Raises as `predict.find`."""
+    _check_images(predictor)
     files = {
         name: path
         for name, path in predict_files.find(
@@ -45,6 +46,7 @@ def of_files(predictor: Predictor, folder: pathlib.Path) -> Viewer:
 
 def of_source(predictor: Predictor, source: datasets.Source) -> Viewer:
     """A viewer of a split of a data set; its images are scaled already."""
+    _check_images(predictor)
 
     def open_picture(index: int) -> Picture:
         example = source[index]
@@ -53,6 +55,14 @@ def of_source(predictor: Predictor, source: datasets.Source) -> Viewer:
         return Picture(source.names[index], source.picture(image), example["label"], pixels)
 
     return Viewer(predictor, source.names, open_picture)
+
+
+def _check_images(predictor: Predictor) -> None:
+    if predictor.network.ndim != 2:
+        raise UserError(
+            "this model is of volumes, and the page shows images; --mode predict writes label maps "
+            "and pictures of slices"
+        )
 
 
 def check_port(port: int) -> None:

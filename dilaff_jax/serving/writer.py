@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from dilaff_jax import affinity, visualize
-from dilaff_jax.data import contact_sheet, images
+from dilaff_jax.data import contact_sheet, images, volumes
 from dilaff_jax.data.class_list import Classes
 from dilaff_jax.runtime import files
 from dilaff_jax.serving.predictor import Result
@@ -103,7 +103,11 @@ class Writer:
         options = self._options
         for suffix, field in options.variants.items():
             labels = getattr(result, field)
-            write_png(options.output / f"labels{suffix}" / f"{name}.png", labels)
+            if result.place is None:
+                write_png(options.output / f"labels{suffix}" / f"{name}.png", labels)
+            else:
+                folder = options.output / f"labels{suffix}"
+                volumes.save_label(folder, name, labels, result.place)
             if options.overlays and overlays:
                 picture = result.overlay(labels)
                 write_png(options.output / f"overlays{suffix}" / f"{name}.png", picture)

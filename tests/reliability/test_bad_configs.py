@@ -156,8 +156,8 @@ CONFIGS = cases(
     (
         "unknown data set",
         {"data.dataset": "camvids"},
-        "no data set 'camvids'; available: annotation_json, band_folder, camvid, cityscapes, coco_json, "
-        "image_folder, scene_parse150, shapes, voc2012_seg",
+        "no data set 'camvids'; available: annotation_json, band_folder, camvid, cityscapes, "
+        "coco_json, hippocampus, image_folder, scene_parse150, shapes, voc2012_seg, volume_folder",
     ),
     (
         "no data",

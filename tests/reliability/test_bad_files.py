@@ -303,8 +303,8 @@ def test_labels_that_cannot_be_used_are_refused(set_up, options, message, place)
         (
             "unknown data set",
             ("os",),
-            "no data set 'os'; available: annotation_json, band_folder, camvid, cityscapes, coco_json, image_folder, "
-            "scene_parse150, shapes, voc2012_seg",
+            "no data set 'os'; available: annotation_json, band_folder, camvid, cityscapes, coco_json, "
+            "hippocampus, image_folder, scene_parse150, shapes, voc2012_seg, volume_folder",
         ),
         (
             "a name that is a path",

@@ -5,6 +5,7 @@ auxiliary head.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -26,6 +27,8 @@ class FCN(nn.Module):
     style: layers.Style = layers.Style()
     dropout: float = 0.1
     width: int | None = None
+
+    ndims: ClassVar[tuple[int, ...]] = (2, 3)
 
     @nn.compact
     def __call__(self, features: Sequence[jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:

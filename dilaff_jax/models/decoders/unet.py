@@ -6,6 +6,7 @@ enlargement.
 
 import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,8 @@ class UNet(nn.Module):
     widths: tuple[int, ...] = (256, 128, 64, 32)
     dropout: float = 0.1
 
+    ndims: ClassVar[tuple[int, ...]] = (2, 3)
+
     @nn.compact
     def __call__(self, features: Sequence[jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns scores `[B, h, w, C]` and the features `[B, h, w, F]` they were made from."""
@@ -46,7 +49,7 @@ class UNet(nn.Module):
         # Not strict: fewer widths than finer features stop at a coarser stride.
         for i, (skip, width) in enumerate(zip(features[-2::-1], self.widths, strict=False)):
             conv = functools.partial(layers.ConvNorm, width, 3, style=self.style)
-            joined = [layers.resize_to(x, skip.shape[1:3]), skip]
+            joined = [layers.resize_to(x, skip.shape[1:-1]), skip]
             x = conv(name=f"up{i}_conv0")(joined, train)
             x = conv(name=f"up{i}_conv1")(x, train)
         y = layers.Dropout(self.dropout, self.style)(x, train)

@@ -7,6 +7,7 @@ hundred thousand parameters train in minutes on a CPU.
 """
 
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from dilaff_jax.models import layers
 
 
 class UNet(nn.Module):
-    """Normalised images `[B, H, W, 3]` to features of nominal stride 1, 2, 4, 8, ...
+    """Normalised images `[B, H, W, 3]` or volumes to features of nominal stride 1, 2, 4, 8, ...
 
     Beyond `output_stride` a scale dilates instead of striding, as in `resnet.ResNet`.
 
@@ -33,6 +34,8 @@ class UNet(nn.Module):
     output_stride: int = 32
     mean: tuple[float, ...] = layers.IMAGENET_MEAN
     std: tuple[float, ...] = layers.IMAGENET_STD
+
+    ndims: ClassVar[tuple[int, ...]] = (2, 3)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
@@ -67,7 +70,7 @@ class UNet(nn.Module):
 
 
 class Scale(nn.Module):
-    """Two 3×3 convolutions, of which the first strides or has the dilation before."""
+    """Two convolutions of three pixels a side; the first strides or has the dilation before."""
 
     width: int
     stride: int
@@ -77,7 +80,7 @@ class Scale(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """`[B, H, W, C]` to `[B, H/stride, W/stride, width]`."""
+        """`[B, *spatial, C]` to `[B, *spatial/stride, width]`."""
         conv = functools.partial(layers.ConvNorm, self.width, 3, style=self.style)
         x = conv(stride=self.stride, dilation=self.before, name="conv0")(x, train)
         return conv(dilation=self.dilation, name="conv1")(x, train)
