@@ -1,5 +1,6 @@
 """What earlier versions wrote is still read: checkpoints, exported files, runs to be resumed."""
 
+import json
 import pathlib
 import shutil
 
@@ -10,8 +11,10 @@ import pytest
 
 import dilaff_jax
 from dilaff_jax import train
+from dilaff_jax.data import data_config, datasets
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import checkpoint
+from dilaff_jax.serving import network
 from tests import data_files, running
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "version_0_1_0"
@@ -37,6 +40,19 @@ def test_a_run_and_an_exported_file_give_what_they_gave(name, prefix, image, exp
     assert len(np.unique(result.labels)) == 3
     np.testing.assert_allclose(result.affinity_logits[::4, ::4], expected["affinity"], atol=1e-3)
     assert np.mean(result.plain != expected["plain"]) < 1e-3
+
+
+def test_the_data_of_a_run_are_still_what_its_config_says(tmp_path):
+    config = network.read_config(FOLDER / "run")
+    assert set(config.data) == set(data_config.KEYS)
+    config.data.data_dir = str(data_files.tiny_shapes(tmp_path))
+    config.data.dataset = "shapes/tiny"
+    assert len(datasets.load(config.data, "validation")) == 7
+    # What the file says stays.
+    stored = json.loads((FOLDER / "run/config.json").read_text())["data"]
+    kept = network.read_config(FOLDER / "run").data
+    assert json.loads(kept.to_json())["crop_size"] == stored["crop_size"]
+    assert kept.pad_rgb == tuple(stored["pad_rgb"])
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path, expected):

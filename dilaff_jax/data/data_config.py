@@ -169,6 +169,14 @@ def default(**changes: Any) -> ml_collections.ConfigDict:
     return config
 
 
+def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config.data` of a run from before some of its keys: each defaults to what was."""
+    full = default()
+    with full.unlocked(), full.ignore_type():
+        full.update(config)
+    return full
+
+
 def check(config: Any) -> None:
     """Raises UserError for what `KEYS` does not allow; see `schema.check`."""
     schema.check(config, KEYS, "config.data")

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dilaff_jax.data import augment, bands, volumes
+from dilaff_jax.data import augment, bands, data_config, volumes
 from dilaff_jax.data.bands import Bands
 from dilaff_jax.data.class_list import Classes, read_classes
 from dilaff_jax.errors import UserError
@@ -145,7 +145,7 @@ def _bands(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -> Ban
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The config that a run was made with.
+    """The config that a run was made with; keys of `data` that are newer are at their default.
 
     Raises:
         FileNotFoundError: `workdir` holds no config.json.
@@ -165,7 +165,10 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         raise UserError(
             f"{path} is damaged: {e}; train on in its folder, which rewrites it, or give --config"
         ) from e
-    return ml_collections.ConfigDict(_tuples(content))
+    config = ml_collections.ConfigDict(_tuples(content))
+    if "data" in config:
+        config.data = data_config.with_defaults(config.data)
+    return config
 
 
 def classes_of(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Classes:
