@@ -16,7 +16,7 @@ def test_the_default_is_valid():
         ({"banana": 1}, "no key 'banana'; allowed: dataset, data_dir, train_split"),
         ({"crop_size": 64}, r"crop_size is 64; expected \(height, width\)"),
         ({"crop_size": (64, 0)}, r"crop_size is \(64, 0\); expected"),
-        ({"crop_size": (64, 64, 3)}, "expected"),
+        ({"crop_size": (64, 64, 64, 3)}, "expected"),
         ({"scale_range": (2.0, 0.5)}, r"scale_range is \(2.0, 0.5\); expected \(lowest, highest\)"),
         ({"scale_range": (0, 1)}, "expected"),
         ({"scale_range": (float("nan"), 1)}, "expected"),

@@ -103,7 +103,7 @@ def test_scales_are_averaged_as_probabilities():
     ("changes", "message"),
     [
         ({"window": (0, 5)}, r"inference.window is \(0, 5\)"),
-        ({"window": (5,)}, "expected .height, width. or None"),
+        ({"window": (5,)}, "expected .height, width., or three sides of volumes or None"),
         ({"stride": 0.0}, "inference.stride is 0.0"),
         ({"scales": (0.5, 2.0)}, "expected positive numbers, 1 among them"),
         ({"scales": (-1.0, 1.0)}, "expected positive"),

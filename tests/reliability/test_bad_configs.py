@@ -49,7 +49,7 @@ CONFIGS = cases(
         {"best_metric": "iou"},
         "config.best_metric is 'iou'; expected one of miou, pixel_accuracy, mean_accuracy, "
         "frequency_weighted_iou, boundary_iou, boundary_f, affinity/mean/average_precision, "
-        "affinity/mean/f1, or iou/CLASS",
+        "affinity/mean/f1, dice, surface_dice, or iou/CLASS",
     ),
     (
         "metric that is not taken",
@@ -74,7 +74,7 @@ CONFIGS = cases(
         "unknown key of a part",
         {"eval.tolerence": 1.0},
         "config.eval has no key 'tolerence' (did you mean 'tolerance'?); allowed: batch_size, "
-        "boundaries, tolerance, pictures, predictions",
+        "boundaries, tolerance, surface_tolerance, pictures, predictions",
     ),
     (
         "nan",
@@ -146,7 +146,8 @@ CONFIGS = cases(
     (
         "empty crop",
         {"data.crop_size": (0, 32)},
-        "config.data.crop_size is (0, 32); expected (height, width) in pixels, such as (512, 512)",
+        "config.data.crop_size is (0, 32); expected (height, width) in pixels, such as (512, 512); "
+        "of volumes three sides",
     ),
     (
         "scale range from the end",
