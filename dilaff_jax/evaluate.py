@@ -244,13 +244,9 @@ class Evaluation:
     def _table(self, scalars: Mapping[str, float]) -> str:
         """Per-class IoU and the main figures of each variant, in per cent."""
 
-        def row(name: str, key: str) -> list[str]:
+        def row(name: str, key: str, factor: float = 100) -> list[str]:
             values = [scalars.get(f"{v}/{key}") for v in self.variants]
-            return [name, *("-" if x is None else f"{100 * x:.2f}" for x in values)]
-
-        def of_volumes(name: str, key: str) -> list[str]:
-            distances = [scalars.get(f"{v}/{key}") for v in self.variants]
-            return [name, *("-" if x is None else f"{x:.2f}" for x in distances)]
+            return [name, *("-" if x is None else f"{factor * x:.2f}" for x in values)]
 
         what = "images" if self._source.ndim == 2 else "volumes"
         title = f"{self._source.title}: {scalars['images']:.0f} {what}, per cent"
@@ -269,7 +265,7 @@ class Evaluation:
             main |= {"dice": "Dice", "surface_dice": f"surface Dice, {at}"}
         rows += [row(title, key) for key, title in main.items() if f"{PLAIN}/{key}" in scalars]
         if f"{PLAIN}/hausdorff" in scalars:
-            rows.append(of_volumes("95 % Hausdorff distance, mm", "hausdorff"))
+            rows.append(row("95 % Hausdorff distance, mm", "hausdorff", factor=1))
         return reporting.table(title, ["", *self.variants], rows)
 
     def _edge_table(self, scalars: Mapping[str, float], title: str) -> str:

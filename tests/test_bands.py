@@ -246,6 +246,9 @@ def test_a_config_is_completed_by_its_data_set(tmp_path):
     assert datasets.completed(found) == found
     config.model.encoder_options.mean = (1.0, 2.0, 3.0, 4.0, 5.0)
     assert datasets.completed(config).model.encoder_options.mean == (1.0, 2.0, 3.0, 4.0, 5.0)
+    config.model.ndim = 3  # which these images are not; a network says so
+    assert datasets.completed(config).model.ndim == 3
+    config.model.ndim = 2
     config.data.bands = 4
     with pytest.raises(UserError, match=r"config\.data\.bands is 4, and the images .* have 5"):
         datasets.completed(config)

@@ -235,6 +235,9 @@ def test_options_that_cannot_be(tmp_path, options, message):
 def test_spacing_is_given_where_no_file_says_it(tmp_path):
     prepared(folder(tmp_path / "src", suffix=".npy"), tmp_path / "data", spacing="4,4,40")
     np.testing.assert_array_equal(loaded(tmp_path / "data").spacings, [[4, 4, 40]] * 5)
+    # A NIfTI says its own.
+    prepared(folder(tmp_path / "nifti"), tmp_path / "other", spacing="4,4,40")
+    np.testing.assert_allclose(loaded(tmp_path / "other").spacings, [[1, 2, 0.5]] * 5)
 
 
 def test_missing_voxels_take_the_mean_and_are_ignored(tmp_path):

@@ -48,11 +48,7 @@ class Augmentation:
     @classmethod
     def from_config(cls, config: Any, bands: Bands | None = None) -> "Augmentation":
         """Takes its fields from `config.data`; `bands` of images that are not RGB."""
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "bands"]
-        values: dict[str, Any] = {name: config[name] for name in names}
-        for key in ("crop_size", "scale_range", "pad_rgb"):  # a config may hold lists
-            values[key] = tuple(values[key])
-        return cls(**values, bands=bands)
+        return cls(**fields_of(cls, config), bands=bands)
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
@@ -72,10 +68,12 @@ class Augmentation:
         image, label = cut(image, label, crop)
         if rng.random() < self.flip:
             image, label = np.ascontiguousarray(image[:, ::-1]), cv2.flip(label, 1)
-        if self.photometric and self.bands is None:
-            image = photometric(image, rng)
-        elif self.photometric and self.bands is not None:
-            image = bands.photometric(image, self.bands, rng)
+        if self.photometric:
+            image = (
+                photometric(image, rng)
+                if self.bands is None
+                else bands.photometric(image, self.bands, rng)
+            )
         return pad(image, label, self.crop_size, padding(self.pad_rgb, self.bands))
 
     def choose(self, label: np.ndarray, rng: np.random.Generator) -> Crop:
@@ -88,6 +86,13 @@ class Augmentation:
             if self.cat_max_ratio >= 1 or largest_share(label, crop) < self.cat_max_ratio:
                 break
         return crop
+
+
+def fields_of(cls: type, config: Any) -> dict[str, Any]:
+    """The fields of an augmentation from `config.data`, which may hold lists; but for `bands`."""
+    names = [f.name for f in dataclasses.fields(cls) if f.name != "bands"]
+    values = {name: config[name] for name in names}
+    return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
 
 
 def random_crop(

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from dilaff_jax.data.augment import pad
+from dilaff_jax.data.augment import blank, fields_of
 from dilaff_jax.data.bands import Bands
 from dilaff_jax.labels import IGNORE_LABEL
 
@@ -36,11 +36,7 @@ class VolumeAugmentation:
     @classmethod
     def from_config(cls, config: Any, bands: Bands) -> "VolumeAugmentation":
         """Takes its fields from `config.data`."""
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "bands"]
-        values: dict[str, Any] = {name: config[name] for name in names}
-        for key in ("crop_size", "scale_range"):  # a config may hold lists
-            values[key] = tuple(values[key])
-        return cls(**values, bands=bands)
+        return cls(**fields_of(cls, config), bands=bands)
 
     def __call__(
         self,
@@ -78,12 +74,9 @@ class VolumeAugmentation:
     def choose(self, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The first voxel of a patch, `[3]`; it is before the volume where that is smaller."""
         free = np.array(label.shape) - self.crop_size
-        around = rng.random() < self.rare
-        counts = np.bincount(label.ravel(), minlength=256)[:IGNORE_LABEL]
-        present = np.flatnonzero(counts)
-        rare = present[present != counts.argmax()]
-        draws = rng.random(5)
-        if around and len(rare):
+        around, draws = rng.random() < self.rare, rng.random(5)
+        rare = _rare(label) if around else ()
+        if len(rare):
             chosen = rare[int(draws[3] * len(rare))]
             places = np.flatnonzero(label.ravel() == chosen)
             place = np.array(np.unravel_index(places[int(draws[4] * len(places))], label.shape))
@@ -95,18 +88,15 @@ class VolumeAugmentation:
     def _cut(
         self, image: np.ndarray, label: np.ndarray, first: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        begin = np.maximum(first, 0)
-        end = np.minimum(first + self.crop_size, label.shape)
-        part = tuple(slice(a, b) for a, b in zip(begin, end, strict=True))
-        if (begin == first).all():
-            return pad(image[part], label[part], self.crop_size, self.bands.mean)
-        # A volume smaller than the patch lies in its middle.
-        before = begin - first
-        size = tuple((before + np.array(label[part].shape)).tolist())
-        image, label = (np.flip(x, (0, 1, 2)) for x in (image[part], label[part]))
-        image, label = pad(image, label, size, self.bands.mean)
-        image, label = (np.flip(x, (0, 1, 2)) for x in (image, label))
-        return pad(image, label, self.crop_size, self.bands.mean)
+        begin, end = np.maximum(first, 0), np.minimum(first + self.crop_size, label.shape)
+        seen, place = (
+            tuple(slice(a, b) for a, b in zip(begin - start, end - start, strict=True))
+            for start in (0, first)
+        )
+        patch = blank((*self.crop_size, image.shape[-1]), image.dtype, self.bands.mean)
+        mask = np.full(self.crop_size, IGNORE_LABEL, np.uint8)
+        patch[place], mask[place] = image[seen], label[seen]
+        return patch, mask
 
     def _resampled(
         self, image: np.ndarray, label: np.ndarray, first: np.ndarray, matrix: np.ndarray
@@ -120,6 +110,13 @@ class VolumeAugmentation:
         ]
         label = ndimage.affine_transform(label, matrix, order=0, cval=IGNORE_LABEL, **common)
         return np.stack(channels, axis=-1), label
+
+
+def _rare(label: np.ndarray) -> np.ndarray:
+    """The classes of a volume but for its most frequent one."""
+    counts = np.bincount(label.ravel(), minlength=256)[:IGNORE_LABEL]
+    present = np.flatnonzero(counts)
+    return present[present != counts.argmax()]
 
 
 def turned(

@@ -69,7 +69,7 @@ class Builder(image_folder.Builder):
                 f"{item.image}: an array of shape {values.shape}, whose bands seem to come first; "
                 "save it as [H, W, C]: numpy.moveaxis(array, 0, -1)"
             )
-        self.check_like_first(item.image, values)
+        self.check_like_first(item.image, values.shape[-1], values.dtype)
         if nan is not None:
             self.check_nan(item.image, nan)
         if missing is not None and size == label.shape:  # other shapes are refused later
@@ -103,9 +103,8 @@ class Builder(image_folder.Builder):
                 "--nan=missing takes them for no data, or replace them"
             )
 
-    def check_like_first(self, path: pathlib.Path, values: np.ndarray) -> None:
+    def check_like_first(self, path: pathlib.Path, count: int, kind: np.dtype) -> None:
         """Raises DataError for other bands than those of the first image."""
-        count, kind = values.shape[-1], values.dtype
         if self._first is None:
             self._first = path, count, kind
         first, *expected = self._first

@@ -91,12 +91,15 @@ class Bands:
 
 
 def with_bands(config: Any, mean: Sequence[float], std: Sequence[float], ndim: int = 2) -> Any:
-    """A copy of a whole config for images, or volumes, of these bands."""
+    """A copy of a whole config for images, or volumes, of these bands.
+
+    A network that is said to be of volumes stays so, and is refused where there are images.
+    """
     config = config.copy_and_resolve_references()
     options = config.model.encoder_options
     with config.unlocked(), config.ignore_type():
         config.data.bands = len(mean)
-        config.model.ndim = ndim
+        config.model.ndim = max(ndim, config.model.get("ndim", 2))
         options.mean = options.get("mean", tuple(mean))
         options.std = options.get("std", tuple(std))
     return config
@@ -239,9 +242,9 @@ def checked(
     nan = np.isnan(values) if values.dtype.kind == "f" else np.zeros_like(missing)
     missing |= nan
     nan &= ~declared
-    used = values[~missing]
-    if kept == "float32" and values.dtype.kind in "ui" and used.size:
-        largest = max(abs(int(used.min())), abs(int(used.max())))
+    if kept == "float32" and values.dtype.kind in "ui":
+        used = values[~missing]
+        largest = max(abs(int(used.min())), abs(int(used.max()))) if used.size else 0
         if largest > _EXACT:
             raise DataError(
                 f"{path}: a value of {largest}; whole numbers are kept as float32, which are exact "
@@ -307,14 +310,26 @@ class ArrayFile:
         return {}
 
 
-def encode(values: np.ndarray, missing: np.ndarray | None) -> bytes:
-    """An image as a `.npz`, losslessly: `values`, and `missing` as bits where there are any."""
+def packed(**arrays: np.ndarray) -> bytes:
+    """Arrays by name as the bytes of a `.npz`."""
     buffer = io.BytesIO()
-    arrays = {"values": values}
-    if missing is not None:
-        arrays["missing"] = np.packbits(missing, axis=-1)
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
+
+
+def unpacked(data: bytes) -> dict[str, np.ndarray]:
+    """What `packed` wrote. Raises DataError if it is damaged."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"damaged record: {len(data)} bytes are no arrays: {error}") from error
+
+
+def encode(values: np.ndarray, missing: np.ndarray | None) -> bytes:
+    """An image as a `.npz`, losslessly: `values`, and `missing` as bits where there are any."""
+    bits = {} if missing is None else {"missing": np.packbits(missing, axis=-1)}
+    return packed(values=values, **bits)
 
 
 def decode(data: bytes, bands: Bands) -> np.ndarray:
@@ -323,12 +338,8 @@ def decode(data: bytes, bands: Bands) -> np.ndarray:
     Raises:
         DataError: damaged, or of another number of bands.
     """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            values = arrays["values"]
-            bits = arrays.get("missing")
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"damaged record: {len(data)} bytes are no image: {error}") from error
+    arrays = unpacked(data)
+    values, bits = arrays["values"], arrays.get("missing")
     if values.shape[-1] != bands.count:
         raise DataError(f"an image of {values.shape[-1]} bands, not {bands.count}")
     missing = None

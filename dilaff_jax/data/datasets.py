@@ -317,11 +317,10 @@ def _bands(
     trained = [described[s] for s in config.train_split.split("+") if s in described]
     measured = [split["bands"] for split in trained or described.values()]
     together = Moments.joined(measured)
-    dtype = np.dtype(measured[0]["dtype"])
+    dtype = np.dtype(np.float32 if builder.ndim == 3 else measured[0]["dtype"])
     if builder.ndim == 3 and config.normalise != "none":  # each by itself, as it is read
         count = len(together["mean"])
         together = {"mean": [0.0] * count, "std": [1.0] * count}
-    dtype = np.dtype(np.float32) if builder.ndim == 3 else dtype
     # A band that is the same everywhere says nothing, however it is scaled.
     std = [s or 1.0 for s in together["std"]]
     bands = Bands.of(together["mean"], std, config.shown_bands)

@@ -62,6 +62,12 @@ def files_below(root: pathlib.Path, directory: pathlib.Path) -> Iterator[pathlib
         yield from (pathlib.Path(parent, file) for file in sorted(files) if not hidden(file))
 
 
+def suffix_of(name: str, suffixes: Sequence[str]) -> str:
+    """The longest suffix that a name ends with (`.nii.gz` before `.gz`), as written, or ""."""
+    found = max((s for s in suffixes if name.lower().endswith(s)), key=len, default="")
+    return name[len(name) - len(found) :]
+
+
 def image_files(
     root: pathlib.Path, directory: pathlib.Path, suffixes: Sequence[str] = IMAGE_SUFFIXES
 ) -> dict[str, pathlib.Path]:
@@ -72,11 +78,10 @@ def image_files(
     """
     by_name: dict[str, pathlib.Path] = {}
     for path in files_below(root, directory):
-        # The longest: `.nii.gz` before `.gz`.
-        found = max((s for s in suffixes if path.name.lower().endswith(s)), key=len, default="")
+        found = suffix_of(path.name, suffixes)
         if not found:
             continue
-        name = path.relative_to(directory).as_posix()[: -len(found)]
+        name = path.relative_to(directory).as_posix().removesuffix(found)
         if name in by_name:
             raise DataError(f"{path} and {by_name[name]} have one name; remove or rename one")
         by_name[name] = inside(root, path)

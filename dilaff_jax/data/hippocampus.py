@@ -30,16 +30,9 @@ class Builder(volume_folder.Builder):
 
     def splits(self) -> Mapping[str, Sequence[Pair]]:
         """Three, by a hash of the names."""
-        image_dir = folders.folder(self.source, "imagesTr", "images")
-        label_dir = folders.folder(self.source, "labelsTr", "labels")
-        pairs = folders.pair_up(
-            self.source,
-            image_dir,
-            label_dir,
-            suffixes=self.image_suffixes,
-            label_suffixes=self.mask_suffixes,
-        )
-        return self._divided(pairs)
+        found = (folders.folder(self.source, kind + "Tr", kind) for kind in ("images", "labels"))
+        image_dir, label_dir = (folder.name for folder in found)
+        return self._divided(self._pairs(image_dir, label_dir))
 
     def counts(self, total: int) -> tuple[int, ...]:
         """As --counts says, else 60, 15 and 25 %."""

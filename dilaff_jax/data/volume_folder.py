@@ -9,17 +9,13 @@ classes. Of one folder --counts makes splits by a hash of the names.
 
 Volumes are NIfTI (nibabel), TIFF stacks (tifffile; both: the extra `volumes`), or `.npy` and
 `.npz` of one array `[D, H, W]` or `[D, H, W, C]`, of any size and numbers, with as many channels
-in all files. A NIfTI is turned to its nearest canonical orientation; image
-and label map have to lie in the same place. Spacing is read from it; that of other files is
---spacing.
+in all files. A NIfTI is turned to its nearest canonical orientation; image and label map have to
+lie in the same place. Spacing is read from it; that of other files is --spacing.
 
 Values are kept as they are. How each volume is scaled is said in the config (`data.normalise`).
 """
 
 import dataclasses
-import io
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -73,7 +69,7 @@ class Builder(band_folder.Builder):
         volumes.check_same_place(item.image, volume.place, item.label, place)
         values, missing = volume.values, volume.missing
         # Of any numbers: each volume is scaled by itself, or all by their training split.
-        self.check_like_first(item.image, values.astype(np.float32))
+        self.check_like_first(item.image, values.shape[-1], np.dtype(np.float32))
         if missing is not None:
             self.check_nan(item.image, missing)  # of volumes nothing else says that there is none
             if missing.shape[:3] == label.shape:  # other shapes are refused later
@@ -85,9 +81,8 @@ class Builder(band_folder.Builder):
 
     def record(self, example: builder.Example, classes: np.ndarray) -> dict[str, Any]:
         """The features of one example."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, label=classes)
-        return {"image": example.image, "label": buffer.getvalue(), "name": example.name}
+        label = bands.packed(label=classes)
+        return {"image": example.image, "label": label, "name": example.name}
 
     def measured(self, split: str) -> dict[str, Any]:
         """Also the spacing of each volume."""
@@ -118,11 +113,7 @@ class Builder(band_folder.Builder):
     @staticmethod
     def decode_label(data: bytes) -> np.ndarray:
         """The label map of a record, uint8 `[D, H, W]`."""
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                return arrays["label"]
-        except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"damaged record: {len(data)} bytes are no label map") from error
+        return bands.unpacked(data)["label"]
 
 
 def _numbers(text: str, flag: str, kind: type) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from dilaff_jax.data import bands
+from dilaff_jax.data import bands, folders
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import files
@@ -20,7 +20,6 @@ NIFTI = (".nii.gz", ".nii")
 _STACKS = (".tif", ".tiff")
 SUFFIXES = (*NIFTI, *_STACKS, *bands.ARRAY_SUFFIXES)
 Normalisation: TypeAlias = Literal["zscore", "percentiles", "none"]
-NORMALISATIONS: tuple[Normalisation, ...] = ("zscore", "percentiles", "none")
 # Between these percentiles values are brought to [0, 1]; our choice, as many toolboxes have it.
 _PERCENTILES = (0.5, 99.5)
 # What affines of one volume may differ by, in millimetres.
@@ -58,28 +57,23 @@ class Volume(NamedTuple):
     place: Place
 
 
-def suffix_of(path: pathlib.Path) -> str:
-    """The suffix of a volume, `.nii.gz` among them; "" of anything else."""
-    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
-
-
 def load(path: pathlib.Path, spacing: tuple[float, ...] = ()) -> Volume:
     """Reads a volume.
 
     Args:
         path: NIfTI (a fourth axis is channels), a TIFF stack `[D, H, W]`, or `.npy`, `.npz` of one
             array `[D, H, W]` or `[D, H, W, C]`.
-        spacing: of files that have none, along their axes; () for 1 each.
+        spacing: of files that are no NIfTI, along their axes; () for 1 each.
 
     Raises:
         DataError: a damaged file, or one that is no volume, or whose spacing cannot be.
         UserError: a package is not installed.
     """
-    kind = suffix_of(path)
+    kind = folders.suffix_of(path.name, SUFFIXES).lower()
     given = spacing or (1.0, 1.0, 1.0)
     place = Place(kind, (given[0], given[1], given[2]))
     if kind in NIFTI:
-        values, place = _nifti(path, spacing)
+        values, place = _nifti(path, kind)
     elif kind in _STACKS:
         values = _stack(path)
     elif kind:
@@ -188,25 +182,28 @@ def normalised(values: np.ndarray, how: Normalisation) -> np.ndarray:
     return np.clip(scaled, 0, 1, dtype=np.float32) if how == "percentiles" else scaled.astype("f4")
 
 
-def _nifti(path: pathlib.Path, spacing: tuple[float, ...]) -> tuple[np.ndarray, Place]:
+def _nifti(path: pathlib.Path, kind: str) -> tuple[np.ndarray, Place]:
     nibabel = _library("nibabel")
     try:
         stored = nibabel.load(path)
-        own = spacing or tuple(float(n) for n in nibabel.affines.voxel_sizes(stored.affine))
-        _check_spacing(own, path)
+        _check_spacing(_voxel(stored.affine), path)
         file = nibabel.as_closest_canonical(stored)
         values = np.asanyarray(file.dataobj)
     except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as e:
         if isinstance(e, FileNotFoundError | DataError):
             raise
         raise DataError(f"{path}: no NIfTI that can be read (damaged or cut off): {e}") from e
-    own = spacing or tuple(float(n) for n in nibabel.affines.voxel_sizes(file.affine))
-    sizes = (own[0], own[1], own[2])
-    return values, Place(suffix_of(path), sizes, np.asarray(file.affine), stored.affine)
+    return values, Place(kind, _voxel(file.affine), np.asarray(file.affine), stored.affine)
+
+
+def _voxel(affine: np.ndarray) -> tuple[float, float, float]:
+    """The size of a voxel along each axis."""
+    a, b, c = (float(n) for n in _library("nibabel").affines.voxel_sizes(affine))
+    return a, b, c
 
 
 def _check_spacing(spacing: tuple[float, ...], path: pathlib.Path) -> None:
-    if len(spacing) != 3 or not all(np.isfinite(n) and n > 0 for n in spacing):
+    if not all(np.isfinite(n) and n > 0 for n in spacing):
         raise DataError(
             f"{path}: its voxels measure {spacing}; expected three sizes above 0: mend its header "
             "(the affine)"

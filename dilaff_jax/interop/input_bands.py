@@ -29,7 +29,7 @@ def adapted(model: nn.Module, variables: Mapping[str, Any], state: State) -> Sta
         variables: of `model.init`; says which shapes are expected.
         state: torch names to arrays.
     """
-    encoder: Any = getattr(model, "encoder")  # noqa: B009 - mypy knows no fields of a Module
+    encoder: Any = model.encoder
     bands = len(encoder.mean)
     if bands == _COLOURS:
         return state

@@ -15,6 +15,8 @@ from dilaff_jax.schema import Key, Rule
 
 Outputs: TypeAlias = Mapping[str, Any]
 Apply: TypeAlias = Callable[[jax.Array], Outputs]
+# What the pixels of a window count, `[*window, 1]`.
+Weigh: TypeAlias = Callable[[Sequence[int]], np.ndarray]
 
 # The axis that a flip turns round: of images left and right change places.
 _MIRRORED = 2
@@ -125,8 +127,8 @@ def _sliding(
     padding = [(0, 0), *((0, max(0, c - n)) for c, n in zip(canvas, size, strict=True)), (0, 0)]
     padded = jnp.pad(images, padding, mode="edge")
     corners = np.array(list(itertools.product(*tops)), np.int32)
-    is_volume = len(size) == 3
-    weigh = _gaussian if is_volume else _alike
+    # Of images all count alike, and nothing is multiplied.
+    weigh = _gaussian if len(size) == 3 else None
 
     def visit(sums: Any, corner: jax.Array) -> tuple[Any, None]:
         part = jax.lax.dynamic_slice(padded, (0, *corner, 0), crop.shape)
@@ -134,12 +136,10 @@ def _sliding(
         new = {}
         if logits_shape is not None:
             logits = resize.bilinear(outputs["logits"], window)
-            logits = jnp.asarray(weigh(window)) * logits if is_volume else logits
-            new["logits"] = _add(sums["logits"], logits, corner)
+            new["logits"] = _add(sums["logits"], logits, corner, weigh)
         if affinity_shape is not None:
             edges = outputs["affinity_logits"]
-            edges = weigh(affinity_shape.shape[1:-1]) * edges if is_volume else edges
-            new["affinity"] = _add(sums["affinity"], edges, corner // cell)
+            new["affinity"] = _add(sums["affinity"], edges, corner // cell, weigh)
         return new, None
 
     sums = {}
@@ -151,12 +151,12 @@ def _sliding(
     sums, _ = jax.lax.scan(visit, sums, jnp.asarray(corners))
     logits = None
     if logits_shape is not None:
-        logits = sums["logits"] / _visits(canvas, corners, weigh(window))
+        logits = sums["logits"] / _visits(canvas, corners, window, weigh)
         logits = logits[:, *map(slice, size)]
     if affinity_shape is None:
         return logits, None
-    weights = weigh(affinity_shape.shape[1:-1])
-    affinity = sums["affinity"] / _visits(grid, corners // cell, weights)
+    cells = affinity_shape.shape[1:-1]
+    affinity = sums["affinity"] / _visits(grid, corners // cell, cells, weigh)
     return logits, affinity[:, *(slice(-(-n // cell)) for n in size)]
 
 
@@ -167,14 +167,11 @@ def window_starts(size: int, window: int, stride: float, cell: int) -> list[int]
     return sorted({*range(0, last, step), last})
 
 
-def _add(canvas: jax.Array, part: jax.Array, corner: jax.Array) -> jax.Array:
+def _add(canvas: jax.Array, part: jax.Array, corner: jax.Array, weigh: Weigh | None) -> jax.Array:
     start = (0, *corner, 0)
+    part = part if weigh is None else jnp.asarray(weigh(part.shape[1:-1])) * part
     before = jax.lax.dynamic_slice(canvas, start, part.shape)
     return jax.lax.dynamic_update_slice(canvas, before + part, start)
-
-
-def _alike(window: Sequence[int]) -> np.ndarray:
-    return np.ones((*window, 1), np.float32)
 
 
 def _gaussian(window: Sequence[int]) -> np.ndarray:
@@ -186,10 +183,13 @@ def _gaussian(window: Sequence[int]) -> np.ndarray:
     return np.maximum(weights, _LEAST).astype(np.float32)
 
 
-def _visits(size: Sequence[int], corners: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _visits(
+    size: Sequence[int], corners: np.ndarray, window: Sequence[int], weigh: Weigh | None
+) -> np.ndarray:
     counts = np.zeros((*size, 1), np.float32)
+    weights = 1 if weigh is None else weigh(window)
     for corner in corners:
-        part = tuple(slice(a, a + n) for a, n in zip(corner, weights.shape[:-1], strict=True))
+        part = tuple(slice(a, a + n) for a, n in zip(corner, window, strict=True))
         counts[part] += weights
     return counts
 

@@ -234,12 +234,13 @@ def largest(
         close = fails is not None and fails.rows - low <= gap
         if close or first.limit is None or len(known) == _MOST_COMPILATIONS:
             return fits, fails
-        if fails is None:
-            # Measured once: far beyond. Later, from a line: where it would be too large.
-            far = (_BEYOND - 1) * _predict(known, unit) if fits is first else unit
-            known.append(need(max(_predict(known, unit) + far, low + gap)))
-        else:
-            known.append(need(min(max(_predict(known, unit), low + gap), fails.rows - unit)))
+        rows = _predict(known, unit)
+        if fails is not None:
+            known.append(need(min(max(rows, low + gap), fails.rows - unit)))
+            continue
+        # Measured once: far beyond. Later, from a line: where it would be too large.
+        rows = _BEYOND * rows if fits is first else rows + unit
+        known.append(need(max(rows, low + gap)))
 
 
 def _predict(known: list[Footprint], unit: int) -> int:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -124,13 +123,8 @@ class BandWindows:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, traceback)
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
 
     def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """Float32 of these rows and columns, from the first up to before the second."""

@@ -150,9 +150,9 @@ def find(
 
 
 def _stem(name: str, suffixes: Sequence[str]) -> str:
-    """The name without its suffix, the longest that fits: `.nii.gz` before `.gz`."""
-    found = max((s for s in suffixes if name.lower().endswith(s)), key=len, default="")
-    return name[: -len(found)] if found else pathlib.PurePosixPath(name).with_suffix("").as_posix()
+    """The name without its suffix, which may be none of these where a file is named itself."""
+    found = folders.suffix_of(name, suffixes) or pathlib.PurePosixPath(name).suffix
+    return name.removesuffix(found)
 
 
 def unused(
