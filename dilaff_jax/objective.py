@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -21,6 +22,7 @@ PIXEL_LOSSES = ("cross_entropy", "focal")
 REGION_LOSSES = ("dice", "tversky", "lovasz_softmax", "boundary")
 SEGMENTATION_LOSSES = (*PIXEL_LOSSES, "ohem", "loss_max_pooling", *REGION_LOSSES)
 AFFINITY_LOSSES = ("balanced", "bce", "focal", "ohem", "max_pooling")
+SCHEDULES = ("constant", "linear", "cosine")
 # Mining chooses what it counts by the predictions, so no count is known before the forward pass.
 MINING = ("ohem", "loss_max_pooling", "max_pooling")
 
@@ -67,6 +69,12 @@ KEYS: schema.Section = {
     ),
     "auxiliary": Key(0.4, schema.FROM_0, "Weight of the auxiliary head's loss."),
     "affinity": Key(1.0, schema.FROM_0, "λ; 0 is the plain baseline, without affinity head."),
+    "affinity_schedule": Key(
+        "constant",
+        schema.choice(*SCHEDULES),
+        "Of λ over the run: `constant`; `linear` or `cosine`, from its value to 0, so that the "
+        "affinity shapes the features first and the segmentation has the last word.",
+    ),
     "affinity_loss": Key(
         "balanced",
         schema.choice(*AFFINITY_LOSSES),
@@ -87,6 +95,9 @@ KEYS: schema.Section = {
         schema.WHOLE,
         "Pixels of void this near to a class count as its in affinity targets: 3 closes the strips "
         "of about five pixels between the objects of VOC.",
+    ),
+    "boundaries": Key(
+        1.0, schema.FROM_0, "Weight of the loss of semantic boundaries, with `model.boundaries`."
     ),
     "aaf": Key(0.0, schema.FROM_0, "Weight of the Adaptive Affinity Fields loss, a baseline."),
     "refined": Key(
@@ -177,7 +188,7 @@ class Objective:
         self, config: ml_collections.ConfigDict, model: nn.Module, num_classes: int
     ) -> None:
         self._config, self._offsets = config.loss, model.offsets
-        self._num_classes = num_classes
+        self._num_classes, self._steps = num_classes, config.num_steps
         self._refine = propagate.operator(**config.refine)
         self._check(config)
         self._segmentation = self._named(config.loss) if model.segmentation else {}
@@ -185,6 +196,7 @@ class Objective:
             **{term: weight for term, (_, weight, _) in self._segmentation.items()},
             "auxiliary": config.loss.auxiliary if config.model.aux else 0.0,
             "affinity": config.loss.affinity,
+            "boundaries": config.loss.boundaries if config.model.boundaries is not None else 0.0,
             "aaf": config.loss.aaf,
             "refined": config.loss.refined,
         }
@@ -195,6 +207,15 @@ class Objective:
                 "loss.aaf and loss.refined are losses of a segmentation, and model.segmentation is "
                 "None; set both to 0"
             )
+
+    def weight(self, term: str, step: jax.Array) -> jax.Array | float:
+        """What a term counts at a step, from 0 on: its weight, λ by its schedule."""
+        schedule = self._config.affinity_schedule
+        if term != "affinity" or schedule == "constant":
+            return self.weights[term]
+        share = jnp.clip(step / self._steps, 0, 1)
+        left = 1 - share if schedule == "linear" else (1 + jnp.cos(jnp.pi * share)) / 2
+        return self.weights[term] * left
 
     def __call__(self, outputs: Mapping[str, Any], labels: jax.Array) -> dict[str, LossSum]:
         """Returns sum and count of every term. labels: `[b, H, W]`, at full resolution."""
@@ -209,6 +230,14 @@ class Objective:
             )
         if "affinity" in self.weights:
             terms["affinity"] = self._affinity(outputs["affinity_logits"], labels)
+        if "boundaries" in self.weights:
+            maps = outputs["boundary_logits"]
+            coarse = affinity.downsample_labels(labels, maps[0].shape[1:-1])
+            parts = [losses.semantic_boundaries(logits, coarse) for logits in maps]
+            # Each of the maps counts whole, as in CASENet.
+            terms["boundaries"] = LossSum(
+                jnp.stack([p.sum for p in parts]) * len(parts), jnp.stack([p.count for p in parts])
+            )
         if "aaf" in self.weights:
             coarse = affinity.downsample_labels(labels, logits.shape[1:-1])
             terms["aaf"] = losses.adaptive_affinity_fields(logits, coarse)

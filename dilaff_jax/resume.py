@@ -34,7 +34,7 @@ _DECIDING = ("data", "model", "loss", "optim", "init")
 # These decide nothing either where no loss trains an affinity head.
 OF_THE_HEAD = (
     *("model.affinity", "loss.affinity_loss", "loss.affinity_options"),
-    *("loss.affinity_class_weights", "loss.soft_targets"),
+    *("loss.affinity_class_weights", "loss.affinity_schedule", "loss.soft_targets"),
 )
 _DATA_FILE = "train_data.json"
 

@@ -33,6 +33,7 @@ SOURCES = (
     *SEGMENTATION_LOSSES,  # each, where they are a sum
     "auxiliary",
     "affinity",
+    "boundaries",
     "aaf",
     "refined",
     "gradient",
@@ -244,7 +245,8 @@ class TrainStep:
             total = counts or jax.lax.psum(local, AXIS)
             shares = {k: losses.finish(LossSum(v.sum, total[k])) for k, v in terms.items()}
             shares["total"] = sum(
-                (self._objective.weights[k] * v for k, v in shares.items()), jnp.zeros(())
+                (self._objective.weight(k, state.step) * v for k, v in shares.items()),
+                jnp.zeros(()),
             )
             return shares["total"], (shares, mutated.get("batch_stats", {}), outputs["logits"])
 

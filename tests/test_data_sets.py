@@ -1,5 +1,6 @@
 """Each data set, from small archives and folders of its official layout."""
 
+import hashlib
 import importlib
 import json
 import shutil
@@ -581,6 +582,25 @@ def test_an_unknown_split_lists_those_there_are(tmp_path):
     prepared_folder(tmp_path)
     with pytest.raises(ValueError, match="no split 'test'; available: train, several joined by"):
         loaded("image_folder/x", tmp_path / "out", "test")
+
+
+def test_fewer_training_images_are_chosen_by_name_and_the_fewer_are_among_the_more(tmp_path):
+    image_folder(tmp_path / "in", tuple(f"s{i}_a" for i in range(8)))
+    prepared_folder(tmp_path)
+    where = ("image_folder/x", tmp_path / "out")
+    every = loaded(*where)
+    chosen = {n: loaded(*where, train_images=n) for n in (1, 3, 5, 8)}
+    by_hash = sorted(every.names, key=lambda n: hashlib.sha256(n.encode()).hexdigest())
+    for count, source in chosen.items():
+        assert source.names == sorted(by_hash[:count])
+    assert chosen[8].names == every.names
+    at = every.names.index(chosen[1].names[0])
+    np.testing.assert_array_equal(chosen[1][0]["label"], every[at]["label"])
+    held = loaded(*where, train_images=3, hold_out=tuple(chosen[3].names))
+    assert len(held.names) == 3
+    assert not set(held.names) & set(chosen[3].names)
+    with pytest.raises(ValueError, match=r"train_images is 9, and .* has 8 to train on"):
+        loaded(*where, train_images=9)
 
 
 def test_holding_out_sequences(tmp_path):

@@ -1,6 +1,7 @@
 """The Segmenter: what it returns, what its config allows, what the affinity head costs."""
 
 import functools
+import itertools
 import textwrap
 
 import jax
@@ -9,7 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dilaff_jax import affinity, schema
+from dilaff_jax import affinity, resize, schema
 from dilaff_jax.models import decoders, layers, segmenter
 from dilaff_jax.models.encoders import resnet
 from tests.test_encoders import SHORT, random_variables
@@ -127,7 +128,7 @@ def test_the_head_is_a_minor_expense_on_deeplabv3_resnet50_at_513():
     assert flops[0] < flops[1] + steps <= 1.05 * flops[0]
 
 
-@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, 2, 4, 16])
 @pytest.mark.parametrize(
     "sources",
     [("decoder",), ("stride4",), ("stride2", "image"), ("decoder", "stride4", "stride2", "image")],
@@ -138,6 +139,66 @@ def test_the_head_stands_at_its_stride_whatever_it_reads(stride, sources):
     assert out["affinity_logits"].shape == (1, -(-33 // stride), -(-47 // stride), 16)
     names = {name.split("_")[0] for name in variables["params"]["affinity_head"]}
     assert set(sources) <= names
+
+
+def test_without_rates_the_head_is_one_convolution_of_one_source():
+    """A 1×1 convolution, then enlarged: the same as a product, written out."""
+    head = {"rates": (), "sources": ("stride4",), "stride": 2, "dilations": (1, 2)}
+    model = segmenter.build(SMALL | {"affinity": head}, 3)
+    image = photos(1, 32, 48)
+    variables = model.init(jax.random.key(0), image, train=False)
+    parameters = variables["params"]["affinity_head"]
+    assert list(parameters) == ["logits"]
+    found = model.apply(variables, image, train=False)["affinity_logits"]
+    features = encoder_features(model, variables, image)[1]
+    kernel, bias = parameters["logits"]["kernel"][0, 0], parameters["logits"]["bias"]
+    expected = resize.bilinear(features @ kernel + bias, (16, 24))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def encoder_features(model, variables, image):
+    """What the encoder of a model gives, by itself."""
+    own = {kind: tree["encoder"] for kind, tree in variables.items() if "encoder" in tree}
+    return model.encoder.apply(own, segmenter.normalise(image, model.encoder), False)
+
+
+def test_logits_of_an_embedding_are_cosines_of_neighbours():
+    """Against a loop over pixels and offsets."""
+    head = {"rates": (), "sources": ("stride4",), "dilations": (1, 3), "embedding": 5}
+    model = segmenter.build(SMALL | {"affinity": head}, 3)
+    image = photos(1, 24, 20)
+    variables = model.init(jax.random.key(1), image, train=False)
+    parameters = variables["params"]["affinity_head"]
+    parameters["sharpness"] = jnp.array([3.0, 5.0])
+    parameters["threshold"] = jnp.array([0.25, -0.5])
+    found = np.asarray(model.apply(variables, image, train=False)["affinity_logits"])
+    kernel, bias = parameters["logits"]["kernel"][0, 0], parameters["logits"]["bias"]
+    e = np.asarray(encoder_features(model, variables, image)[1] @ kernel + bias)[0]
+    inside = 0
+    for (y, x), (k, o) in itertools.product(np.ndindex(6, 5), enumerate(model.offsets)):
+        there = np.array([y, x]) + o
+        if (there < 0).any() or (there >= (6, 5)).any():
+            continue
+        a, b = e[y, x], e[tuple(there)]
+        cosine = a @ b / np.sqrt(((a @ a) + 1e-6) * ((b @ b) + 1e-6))
+        d = k // 8
+        assert found[0, y, x, k] == pytest.approx((3, 5)[d] * (cosine - (0.25, -0.5)[d]), abs=1e-3)
+        inside += 1
+    assert inside > 200
+    assert found.shape == (1, 6, 5, 16)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"sources": ("decoder", "stride4")}, "one convolution of one source.*'stride4'"),
+        ({"sources": ("stride2",), "stride": 4}, "'stride2' is finer than the grid"),
+        ({"sources": ("decoder",), "embedding": 0}, "embedding is 0; expected a positive"),
+    ],
+)
+def test_heads_without_rates_that_cannot_be_are_refused(head, message):
+    with pytest.raises(ValueError, match=message):
+        shapes(SMALL | {"affinity": {"rates": ()} | head}, photos(1, 32, 32))
 
 
 UNET = {
@@ -370,7 +431,7 @@ def test_lists_and_locked_configs_work_as_configs_write_them():
         ({"norm": "group", "frozen_norm": True}, "frozen_norm is set and norm is 'group'"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected one of 'float32', 'bfloat16'"),
         ({"affinity": {"dilation": (1,)}}, "affinity has no key 'dilation'.*dilations"),
-        ({"affinity": {"stride": 8}}, "affinity.stride is 8; allowed: 1, 2, 4"),
+        ({"affinity": {"stride": 3}}, "affinity.stride is 3; allowed: 1, 2, 4, 8, 16"),
         (
             {"affinity": {"sources": ("stride3",)}},
             "'stride3', which this encoder does not give.*stride4",
@@ -383,7 +444,7 @@ def test_lists_and_locked_configs_work_as_configs_write_them():
         ({"affinity": {"dilations": (0, 1)}}, r"dilations is \(0, 1\); expected positive integers"),
         ({"affinity": {"dilations": (1, 1)}}, r"dilations are \(1, 1\); each may be given once"),
         ({"affinity": {"width": 0}}, "width is 0; expected a positive integer"),
-        ({"affinity": {"rates": ()}}, r"rates are \(\); give one dilation or more"),
+        ({"affinity": {"rates": ()}}, r"rates are \(\), one convolution of one source"),
         ({"affinity": {"symmetric": 1}}, "symmetric is 1; expected True or False"),
         ({"affinity": True}, "affinity is True; expected a dict of options or None"),
         ({"decoder_options": None}, "decoder_options is None; expected a dict of options$"),

@@ -1,6 +1,7 @@
 """The training step: the same numbers however it is mapped, and a fault that stops everything."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -291,6 +292,57 @@ def test_soft_targets_and_auxiliary_head_enter_the_total():
     assert set(window.losses) == {"total", *weights}
     total = sum(w * window.losses[k] for k, w in weights.items())
     np.testing.assert_allclose(window.losses["total"], total, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [2.0, 2.0, 2.0, 2.0]),
+        ("linear", [2.0, 1.5, 1.0, 0.5]),
+        ("cosine", [2.0, 2 * (1 + math.cos(math.pi / 4)) / 2, 1.0, 1 + math.cos(0.75 * math.pi)]),
+    ],
+)
+def test_the_weight_of_the_affinity_falls_by_its_schedule(schedule, expected):
+    """What the total holds of it in each step of a run of four."""
+    config = make_config()
+    config.num_steps, config.log_every = 4, 1
+    config.loss.update({"affinity": 2.0, "affinity_schedule": schedule})
+    for steps, weight in enumerate(expected, start=1):
+        found = run(config, steps=steps).window.losses
+        assert found["total"] - found["segmentation"] == pytest.approx(
+            weight * found["affinity"], rel=1e-4
+        )
+
+
+def test_semantic_boundaries_are_a_term_of_their_own_and_train_the_encoder():
+    config = make_config(affinity=None, boundaries={"sides": ("stride2", "stride4")})
+    config.loss.update({"affinity": 0.0, "boundaries": 0.5})
+    with_them, without = run(config, steps=2), make_config(affinity=None)
+    without.loss.affinity = 0.0
+    losses_ = with_them.window.losses
+    assert set(losses_) == {"total", "segmentation", "boundaries"}
+    assert losses_["total"] == pytest.approx(
+        losses_["segmentation"] + 0.5 * losses_["boundaries"], rel=1e-5
+    )
+    plain = run(without, steps=2)
+    changed = [
+        np.abs(a - b).max()
+        for a, b in zip(
+            jax.tree.leaves(with_them.params["encoder"]),
+            jax.tree.leaves(plain.params["encoder"]),
+            strict=True,
+        )
+    ]
+    assert max(changed) > 1e-4
+    assert_same(run(config, "shard_map", 4, steps=2), with_them)
+    config.optim.accumulate = 2
+    assert set(run(config, steps=1).window.losses) == {"total", "segmentation", "boundaries"}
+
+
+def test_without_their_weight_there_is_no_head_of_boundaries():
+    config = make_config(boundaries={})
+    config.loss.boundaries = 0.0
+    assert segmenter.config_of_run(config).boundaries is None
 
 
 def poison(state, where):

@@ -3,14 +3,23 @@
 import dataclasses
 import errno
 import fcntl
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from dilaff_jax import affinity, train
-from dilaff_jax.ablation import agreement, arms, config_study, network_outputs, operators
+from dilaff_jax.ablation import (
+    agreement,
+    arms,
+    config_study,
+    evaluations,
+    network_outputs,
+    operators,
+)
 from dilaff_jax.runtime import locks
 from tests import planted, test_ablate
 
@@ -92,6 +101,105 @@ def test_a_change_that_cannot_be_is_refused_by_name(changes, message, data_dir, 
     with pytest.raises(ValueError, match=message):
         config_study.study(make_config(data_dir, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# Where nothing is selected.
+
+
+@pytest.fixture(scope="module")
+def compared(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("evaluations")
+    config = make_config(data_dir, weak={"loss": {"affinity": 0.1}})
+    config.num_steps = 2
+    config.ablate.seeds = (3, 4)
+    with config.ignore_type():
+        config.ablate.grid = {}
+    return {
+        "found": config_study.study(config, workdir),
+        "workdir": workdir,
+        "config": config,
+    }
+
+
+def test_without_a_grid_every_network_is_evaluated_once_on_the_report_split(compared):
+    found, workdir = compared["found"], compared["workdir"]
+    assert list(found["rows"]) == ["baseline", "joint", "weak"]
+    assert found["title"].endswith(compared["config"].ablate.report_split)
+    for name, row in found["rows"].items():
+        for kind in ("plain", "refined"):
+            if kind == "refined" and name == "baseline":
+                assert kind not in row
+                continue
+            expected = [
+                train.evaluate.last_results(workdir / name / f"seed-{s}").scalars[f"{kind}/miou"]
+                for s in (3, 4)
+            ]
+            assert row[kind]["miou"]["values"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture
+def planted_scores(compared, monkeypatch):
+    """The study, of evaluations with scores that are random."""
+    rng, drawn = np.random.default_rng(0), {}
+
+    def last_results(workdir):
+        names = ("plain/miou", "refined/miou")[: 1 if "baseline" in str(workdir) else 2]
+        drawn.setdefault(str(workdir), {n: rng.random() for n in names})
+        return train.evaluate.Results(2, drawn[str(workdir)], "")
+
+    monkeypatch.setattr(train.evaluate, "last_results", last_results)
+    config = compared["config"].copy_and_resolve_references()
+    config.ablate.seeds = (3, 4, 5, 6)
+    todo = config_study.runs(config, compared["workdir"])
+    found = evaluations.compare(config, todo)
+    own = {name: [drawn[str(r.workdir)] for r in todo if r.arm == name] for name in found["rows"]}
+    return found, own
+
+
+def test_differences_of_evaluations_are_paired_with_students_interval(planted_scores):
+    found, own = planted_scores
+    for kind, other, minus in [
+        ("refined", "baseline", "plain/miou"),
+        ("refined", "weak", "plain/miou"),
+        ("refined", "joint", "refined/miou"),
+        ("plain", "joint", "plain/miou"),
+    ]:
+        pairs = zip(own["weak"], own[other], strict=True)
+        differences = np.array([a[f"{kind}/miou"] - b[minus] for a, b in pairs])
+        name = "plain" if other == "weak" else other
+        row = found["differences"]["weak"][f"{kind} minus {name}"]["miou"]
+        assert row["mean"] == pytest.approx(differences.mean(), abs=1e-5)
+        interval = scipy.stats.t.interval(
+            0.95, 3, loc=differences.mean(), scale=scipy.stats.sem(differences)
+        )
+        assert row["over_seeds"] == pytest.approx(interval, abs=1e-4)
+
+
+def test_the_resolution_says_what_more_seeds_would_tell(planted_scores):
+    found, own = planted_scores
+    pairs = zip(own["weak"], own["baseline"], strict=True)
+    std = np.std([a["plain/miou"] - b["plain/miou"] for a, b in pairs], ddof=1)
+    row = found["resolution"]["weak"]["miou"]
+    assert row["10"] == pytest.approx(scipy.stats.t.ppf(0.975, 9) * std / 10**0.5, rel=1e-3)
+    assert row["3"] > row["5"] > row["10"] > row["20"]
+
+
+def test_a_run_that_was_not_evaluated_is_evaluated_before_it_is_compared(compared, tmp_path):
+    """As where another process saved the last step and was killed before it evaluated."""
+    workdir = tmp_path / "study"
+    shutil.copytree(compared["workdir"], workdir)
+    shutil.rmtree(workdir / "weak" / "seed-4" / "evaluation")
+    found = config_study.study(compared["config"], workdir)
+    assert found["rows"] == compared["found"]["rows"]
+
+
+def test_without_a_grid_the_report_split_must_not_be_trained_on(data_dir, tmp_path):
+    config = make_config(data_dir)
+    config.ablate.report_split = config.data.train_split
+    with config.ignore_type():
+        config.ablate.grid = {}
+    with pytest.raises(ValueError, match=r"data\.train_split.*ablate\.report_split"):
+        config_study.study(config, tmp_path)
 
 
 # Agreement of errors.

@@ -19,6 +19,7 @@ What is where:
     cost_table.py       parameters, FLOPs, memory and time of head, propagation and rivals
     run.py              the whole, read top to bottom
     config_study.py     changes of the config, each beside the baseline and the config as it is
+    evaluations.py      the same where nothing is selected, by the last evaluation of each
     agreement.py        whether affinities err where the segmentation does
     cache.py            results between, kept on disk with what they were made from
     report/             the page of an ablation

@@ -80,7 +80,8 @@ KEYS: schema.Section = {
         "{label: {option: values}} of propagation; every combination is a candidate, and so is "
         "doing nothing. The label is the operator's name for `propagate.operator`, unless the key "
         "`name` gives it. `bias`: `fitted` is the one fitted to each run on the selection split, "
-        "one a dilation; `fitted*0.5` half of it; a number is the same for all.",
+        "one a dilation; `fitted*0.5` half of it; a number is the same for all. {}: nothing is "
+        "selected, and `--mode study` compares evaluations on `report_split`.",
     ),
     "rivals": Key(
         {
@@ -120,11 +121,11 @@ def default() -> ml_collections.ConfigDict:
 
 
 def check_images(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for a run of volumes, which no study here compares."""
+    """Raises UserError for a run of volumes, for which nothing is selected here."""
     if config.model.get("ndim", 2) != 2:
         raise UserError(
-            f"{config.data.dataset} holds volumes, and ablate, study and fit are of images; train "
-            "and evaluate each run by itself (--mode train, --mode eval)"
+            f"{config.data.dataset} holds volumes, and operators are selected for images; "
+            "--mode study with config.ablate.grid={} compares networks by their evaluations"
         )
 
 
@@ -171,6 +172,8 @@ def _check_splits(config: ml_collections.ConfigDict) -> None:
         "ablate.selection_split": config.ablate.selection_split,
         "ablate.report_split": config.ablate.report_split,
     }
+    if not config.ablate.grid:
+        del splits["ablate.selection_split"]
     parts = {key: set(split.split("+")) for key, split in splits.items()}
     keys = list(parts)
     for i, one in enumerate(keys):

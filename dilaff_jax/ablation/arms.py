@@ -13,7 +13,7 @@ import jax
 import ml_collections
 from tqdm import tqdm
 
-from dilaff_jax import resume, train
+from dilaff_jax import evaluate, resume, train
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import checkpoint, files, locks
 
@@ -32,8 +32,10 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether its last step is saved."""
-        return checkpoint.latest_step(self.workdir) == self.config.num_steps
+        """Whether its last step is saved and evaluated."""
+        last = self.config.num_steps
+        saved = checkpoint.latest_step(self.workdir) == last
+        return saved and evaluate.read_results(self.workdir, last) is not None
 
 
 def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
@@ -52,12 +54,14 @@ def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
 def arm_config(config: ml_collections.ConfigDict, arm: str, seed: int) -> ml_collections.ConfigDict:
     """The training config of one arm and seed.
 
-    Evaluated once, at the end, on the selection split: the last state is taken, as choosing among
-    states would favour the arm whose score is noisier.
+    Evaluated once, at the end, on the selection split (the report split where nothing is selected:
+    `ablate.grid` is {}): the last state is taken, as choosing among states would favour the arm
+    whose score is noisier.
     """
     result = copy.deepcopy(config)
     result.seed = seed
-    result.data.eval_split = config.ablate.selection_split
+    ablate = config.ablate
+    result.data.eval_split = ablate.selection_split if ablate.grid else ablate.report_split
     result.eval_every = config.num_steps
     if arm != "joint":
         with result.ignore_type():

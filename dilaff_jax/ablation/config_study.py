@@ -7,6 +7,8 @@ trains the baseline, the config as it is ("joint"), and the config with each cha
 split, and compares there. The report split stays unseen, so that `--mode ablate` can report what a
 study decided. A selected operator is scored on what selected it: of some ten candidates on a
 hundred images that flatters little, but it never falls below doing nothing.
+
+With `config.ablate.grid = {}` nothing is selected, see `evaluations`.
 """
 
 import copy
@@ -25,6 +27,7 @@ from dilaff_jax.ablation import (
     agreement,
     arms,
     cache,
+    evaluations,
     network_outputs,
     operators,
     scoring,
@@ -39,6 +42,7 @@ from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import cost, locks, preemption, provenance, reporting
 
 FORMAT = 1
+_BY_EVALUATIONS = (evaluations.compare, evaluations.table)
 
 
 def study(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -51,14 +55,16 @@ def study(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         Preempted: the process was asked to stop; what is done is kept.
     """
     config = datasets.completed(ablate_config.complete(config))
-    ablate_config.check_images(config)
+    if config.ablate.grid:
+        ablate_config.check_images(config)
+    compare, shown = (_compare, table) if config.ablate.grid else _BY_EVALUATIONS
     todo = runs(config, workdir)
     with preemption.stopping_cleanly(workdir) as training:
         arms.train_all(todo, training)
         with locks.held(workdir / "analysis.lock", wait=True):
-            result = _compare(config, todo)
+            result = compare(config, todo)
             cache.publish(workdir / "study.json", result)
-    print(table(result))
+    print(shown(result))
     return result
 
 

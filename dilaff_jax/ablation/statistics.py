@@ -30,8 +30,13 @@ def seed_interval(differences: Sequence[float]) -> list[float] | None:
     d = np.asarray(differences, np.float64)
     if len(d) < 2:
         return None
-    half = scipy.stats.t.ppf((1 + LEVEL) / 2, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
+    half = half_width(float(d.std(ddof=1)), len(d))
     return [float(d.mean() - half), float(d.mean() + half)]
+
+
+def half_width(std: float, seeds: int) -> float:
+    """Half of the 95 % interval of a mean over so many seeds whose values scatter by `std`."""
+    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * std / np.sqrt(seeds))
 
 
 def paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,12 @@ KEYS: schema.Section = {
         "Prefixes of names (CamVid: sequences) that are left out of `train_split`; exactly they "
         "are evaluated with `eval_split='held_out'`.",
     ),
+    "train_images": Key(
+        0,
+        schema.WHOLE,
+        "So many examples of `train_split`, after `hold_out`, by a hash of their names, so that "
+        "the smaller choice is a part of the larger one; 0: all. What fewer labels would give.",
+    ),
     "resize": Key(
         1.0,
         Rule("a factor above 0, up to 8", lambda v: 0 < v <= 8),

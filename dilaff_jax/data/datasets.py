@@ -15,7 +15,7 @@ from absl import logging
 from tqdm import tqdm
 
 import dilaff_jax.data
-from dilaff_jax.data import data_config, images, volumes
+from dilaff_jax.data import data_config, folders, images, volumes
 from dilaff_jax.data.bands import Bands, Moments, with_bands
 from dilaff_jax.data.bands import resized as resized_bands
 from dilaff_jax.data.builder import SegmentationBuilder
@@ -168,7 +168,7 @@ def load(config: Any, split: str) -> Source:
     Args:
         config: `config.data`, see `data.config.default`.
         split: A split's name, several joined by `+`, or "held_out". `config.hold_out` takes
-            examples out of `config.train_split` only.
+            examples out of `config.train_split` only, and `config.train_images` leaves so many.
 
     Returns:
         The split as a Source, in the order of names.
@@ -188,6 +188,8 @@ def load(config: Any, split: str) -> Source:
         out = np.array([name.startswith(tuple(config.hold_out)) for name in index.names])
         keep = np.flatnonzero(out if held_out else ~out)
         _check_hold_out(config, index.names, keep, split)
+    if split == config.train_split and config.train_images:
+        keep = _fewer(config.train_images, index.names, keep, title)
     class_names, colors = _classes(stored, builder)
     bands, dtype = _bands(stored, builder, config)
     if builder.ndim == 3 and config.resize != 1:
@@ -349,6 +351,17 @@ def completed(config: Any) -> Any:
     data_config.check(data)
     bands, _ = _bands(_open(data, builder), builder, data)
     return config if bands is None else with_bands(config, bands.mean, bands.std, builder.ndim)
+
+
+def _fewer(count: int, names: Sequence[str], keep: np.ndarray, title: str) -> np.ndarray:
+    """The `count` of `keep` that come first by a hash of their names, in the order of `keep`."""
+    if count > len(keep):
+        raise UserError(
+            f"config.data.train_images is {count}, and {title} has {len(keep)} to train on; give "
+            "as many or fewer, or 0 for all"
+        )
+    first = sorted(keep, key=lambda i: folders.name_hash(names[i]))[:count]
+    return np.sort(np.array(first, int))
 
 
 def _check_hold_out(config: Any, names: Sequence[str], keep: np.ndarray, split: str) -> None:

@@ -1,5 +1,6 @@
 """Strangers' folders and archives: pairing images with masks, and never leaving the folder."""
 
+import hashlib
 import os
 import pathlib
 import tarfile
@@ -200,3 +201,8 @@ def unpacked(
     if not (target / wanted).is_dir():
         raise DataError(f"{', '.join(archives)}: unpacked, but there is no folder {wanted} in it")
     return target / wanted
+
+
+def name_hash(name: str) -> float:
+    """A number in [0, 1) that depends on the name only."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48

@@ -21,7 +21,6 @@ A line `ignore` in classes.txt means that its value is ignored. 0/255 binary mas
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -235,7 +234,7 @@ def split_by_name(items: Sequence[Any], share: float) -> dict[str, list[Any]]:
     """
     if not 0 <= share < 1:
         raise DataError(f"--validation_share={share}: want 0 to below 1")
-    held = {item.name for item in items if name_hash(item.name) < share}
+    held = {item.name for item in items if folders.name_hash(item.name) < share}
     if not held:
         return {"train": list(items)}
     return {
@@ -246,8 +245,3 @@ def split_by_name(items: Sequence[Any], share: float) -> dict[str, list[Any]]:
 
 def _code(color: tuple[int, int, int]) -> int:
     return (color[0] << 16) | (color[1] << 8) | color[2]
-
-
-def name_hash(name: str) -> float:
-    """A number in [0, 1) that depends on the name only."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dilaff_jax.data import band_folder, bands, builder, image_folder, volumes
+from dilaff_jax.data import band_folder, bands, builder, folders, volumes
 from dilaff_jax.data.folders import Pair
 from dilaff_jax.data.image_folder import option
 from dilaff_jax.data.images import DataError
@@ -102,7 +102,7 @@ class Builder(band_folder.Builder):
                 f"--counts={self.options.counts}: want up to three numbers, of train, validation "
                 f"and test, that sum to the {len(pairs)} volumes there are"
             )
-        shuffled = sorted(pairs, key=lambda pair: image_folder.name_hash(pair.name))
+        shuffled = sorted(pairs, key=lambda pair: folders.name_hash(pair.name))
         ends = np.cumsum([0, *counts])
         splits = {
             name: sorted(shuffled[a:b], key=lambda pair: pair.name)

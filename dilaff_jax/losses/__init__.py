@@ -27,6 +27,7 @@ from dilaff_jax.losses.segmentation import (
     ohem,
     upsampled_loss,
 )
+from dilaff_jax.losses.semantic_boundaries import boundary_targets, semantic_boundaries
 
 __all__ = [
     "LossSum",
@@ -37,6 +38,7 @@ __all__ = [
     "affinity_max_pooling",
     "affinity_ohem",
     "boundary",
+    "boundary_targets",
     "cross_entropy",
     "dice",
     "finish",
@@ -44,6 +46,7 @@ __all__ = [
     "loss_max_pooling",
     "lovasz_softmax",
     "ohem",
+    "semantic_boundaries",
     "tversky",
     "upsampled_loss",
 ]

@@ -32,7 +32,14 @@ import numpy as np
 
 from dilaff_jax import references, resize, schema
 from dilaff_jax.errors import UserError
-from dilaff_jax.models import affinity_head, decoders, encoders, layers, module_options
+from dilaff_jax.models import (
+    affinity_head,
+    boundary_head,
+    decoders,
+    encoders,
+    layers,
+    module_options,
+)
 from dilaff_jax.models.decoders import fcn
 from dilaff_jax.schema import Key, Rule
 
@@ -127,14 +134,22 @@ KEYS: schema.Section = {
         schema.or_none(schema.OPTIONS),
         "None for no affinity head; else its options, see below.",
     ),
+    "boundaries": Key(
+        None,
+        schema.or_none(schema.OPTIONS),
+        "None; or options of a head of semantic boundaries on the encoder, an auxiliary task to "
+        "compare with (SBCB): `stride`, `sides`, `last`.",
+    ),
 }
 
 
 def config_of_run(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """`config.model` of a whole config, without affinity head where no loss would train it."""
+    """`config.model` of a whole config, without the heads that no loss would train."""
     model = ml_collections.ConfigDict(config.model)
     if not config.loss.affinity and not config.loss.refined:
         model.affinity = None
+    if model.get("boundaries") is not None and not config.loss.boundaries:
+        model.boundaries = None
     return model
 
 
@@ -145,6 +160,7 @@ class Segmenter(nn.Module):
     decoder: nn.Module
     aux_head: nn.Module | None = None
     affinity_head: nn.Module | None = None
+    boundary_head: nn.Module | None = None
     segmentation: bool = True
     align_corners: bool = False
 
@@ -160,7 +176,7 @@ class Segmenter(nn.Module):
         Returns:
             float32 arrays or None, each at the stride at which it was made (with `align_corners`:
             at stride 4): `logits` `[B, h, w, C]`, `affinity_logits` `[B, h', w', K]`, `aux_logits`
-            `[B, h", w", C]`.
+            `[B, h", w", C]`, `boundary_logits` two of `[B, h, w, C]`.
 
         Raises:
             UserError: `images` have another shape.
@@ -173,19 +189,22 @@ class Segmenter(nn.Module):
             size = images.shape[1:-1]
             grid = [-(-n // _ALIGNED_STRIDE) for n in size]
             logits = resize.from_aligned_corners(logits, size, grid)
-        aux = affinities = None
+        aux = affinities = boundaries = None
         if self.aux_head is not None:
             aux = self.aux_head(features[:-1], train)[0].astype(jnp.float32)
+        # Of several of one stride the last counts.
+        strides = getattr(self.encoder, "strides", _STRIDES)
+        maps = {f"stride{s}": y for s, y in zip(strides, features, strict=False)}
+        if self.boundary_head is not None:
+            boundaries = self.boundary_head(x, maps, train)
         if self.affinity_head is not None:
-            # Of several of one stride the last counts.
-            strides = getattr(self.encoder, "strides", _STRIDES)
-            maps = {f"stride{s}": y for s, y in zip(strides, features, strict=False)}
             affinities = self.affinity_head(x, maps | {"decoder": decoded}, logits, train)
             affinities = affinities.astype(jnp.float32)
         return {
             "logits": logits,
             "affinity_logits": affinities,
             "aux_logits": aux,
+            "boundary_logits": boundaries,
         }
 
     @property
@@ -246,11 +265,17 @@ def build(
             affinity_head.AffinityHead, {"style": style}, config["affinity"], "affinity"
         )
     _check_ndim(config, {"encoder": encoder, "decoder": decoder})
+    boundaries = None
+    if config["boundaries"] is not None:
+        of_boundaries = {"num_classes": num_classes, "style": style}
+        boundaries = module_options.make_module(
+            boundary_head.BoundaryHead, of_boundaries, config["boundaries"], "boundaries"
+        )
     options = schema.defaults(SEGMENTATION_KEYS).to_dict() | dict(segmentation or {})
     schema.check(options, SEGMENTATION_KEYS, "config.model.segmentation")
     if options["align_corners"] and style.ndim != 2:
         raise UserError("model.segmentation.align_corners is of images, and model.ndim is 3")
-    return Segmenter(encoder, decoder, aux, head, segmentation is not None, **options)
+    return Segmenter(encoder, decoder, aux, head, boundaries, segmentation is not None, **options)
 
 
 def build_encoder(
