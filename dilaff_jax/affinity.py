@@ -23,7 +23,10 @@ _WIDEST = 640
 
 
 def offsets(
-    dilations: Sequence[int] = (1, 2, 4, 8), ndim: int = 2, symmetric: bool = False
+    dilations: Sequence[int] = (1, 2, 4, 8),
+    ndim: int = 2,
+    symmetric: bool = False,
+    spacing: Sequence[float] | None = None,
 ) -> Int[np.ndarray, " K ndim"]:
     """Returns the offsets O = {d·u : d in dilations, u in {-1,0,1}^ndim without 0}, `[K, ndim]`.
 
@@ -31,8 +34,15 @@ def offsets(
     of each pair o, -o the one that points forward (first non-zero entry positive), K/2 in all; the
     other half follows by `mirror`. The dilations (1, 2, 4, 8) are our choice.
 
+    Where voxels are longer along some axis, `spacing` keeps the neighbours equally far: d counts
+    voxels of the finest axis, and along axis j a step is max(1, round(d·min(spacing)/spacing_j)).
+    With (40, 4, 4) and d = 8 that is (1, 8, 8), with d = 20 (2, 20, 20). It is never 0, as the next
+    slice is the nearest there is; so the neighbours straight along a coarse axis are the same for
+    several small dilations. Our choice.
+
     Raises:
-        UserError: a dilation is not a positive integer, is given twice, or `ndim` < 1.
+        UserError: a dilation is not a positive integer, is given twice, or `ndim` < 1; `spacing`
+            has not `ndim` positive numbers.
     """
     if ndim < 1:
         raise UserError(f"ndim is {ndim}; a neighbourhood needs at least one spatial dimension")
@@ -40,15 +50,53 @@ def offsets(
         raise UserError(f"dilations are {tuple(dilations)}; give one or more positive integers")
     if len(set(dilations)) < len(dilations):
         raise UserError(f"dilations are {tuple(dilations)}; each may be given once")
-    steps = [u for u in itertools.product((-1, 0, 1), repeat=ndim) if any(u)]
+    sizes = np.ones(ndim) if spacing is None else np.asarray(spacing, np.float64)
+    if sizes.shape != (ndim,) or not (np.isfinite(sizes).all() and (sizes > 0).all()):
+        raise UserError(
+            f"spacing is {spacing}; give the size of a voxel along each of {ndim} axes, such as "
+            f"{(4.0, *(1.0,) * (ndim - 1))}"
+        )
+    steps = _steps(ndim)
     if symmetric:
-        steps = [u for u in steps if _points_forward(u)]
-    return np.array([[d * x for x in u] for d in dilations for u in steps], dtype=np.int32)
+        steps = steps[[_points_forward(u) for u in steps.tolist()]]
+    along = np.maximum(1, np.floor(np.outer(dilations, sizes.min() / sizes) + 0.5))
+    return (along[:, None] * steps).reshape(-1, ndim).astype(np.int32)
+
+
+def _steps(ndim: int) -> Int[np.ndarray, " n ndim"]:
+    """{-1,0,1}^ndim without 0, row-major."""
+    return np.array([u for u in itertools.product((-1, 0, 1), repeat=ndim) if any(u)])
 
 
 def dilation_of(offsets: Int[np.ndarray, " K ndim"]) -> Int[np.ndarray, " K"]:
-    """Returns the dilation of each offset, max_j |o_j|, `[K]`."""
-    return np.abs(check_offsets(offsets)).max(axis=1)
+    """Returns the dilation of each offset, `[K]`.
+
+    In whole neighbourhoods, as `offsets` gives them, that of the finest axis; else max_j |o_j|.
+    """
+    rows = check_offsets(offsets)
+    steps = _steps(rows.shape[1])
+    if len(rows) % len(steps) == 0:
+        blocks = rows.reshape(-1, *steps.shape)
+        along = np.abs(blocks).max(axis=1)
+        if along.all() and (blocks == along[:, None] * steps).all():
+            return np.repeat(along.max(axis=1), len(steps))
+    return np.abs(rows).max(axis=1)
+
+
+def places(wanted: Int[np.ndarray, " n ndim"], offsets: Int[np.ndarray, " K ndim"]) -> list[int]:
+    """Where each of `wanted` stands among `offsets`; the second of equals where the second does.
+
+    Raises:
+        UserError: one does not stand there.
+    """
+    standing: dict[tuple[int, ...], list[int]] = {}
+    for k, offset in enumerate(offsets.tolist()):
+        standing.setdefault(tuple(offset), []).append(k)
+    left = {offset: iter(at) for offset, at in standing.items()}
+    found = [next(left.get(tuple(offset), iter(())), None) for offset in wanted.tolist()]
+    if None in found:
+        raise UserError(f"there is no offset {tuple(wanted[found.index(None)].tolist())}")
+    return [k for k in found if k is not None]
 
 
 def distinct_dilations(offsets: Int[np.ndarray, " K ndim"]) -> list[int]:
@@ -315,20 +363,24 @@ def mirror(
         UserError: an offset has no opposite, or `half` has not K/2 channels.
     """
     half = jnp.asarray(half)
-    rows = [tuple(int(x) for x in o) for o in check_offsets(offsets)]
-    forward = {o: k for k, o in enumerate(o for o in rows if _points_forward(o))}
-    lonely = [o for o in rows if tuple(-x for x in o) not in rows]
+    rows = check_offsets(offsets)
+    forward = np.array([_points_forward(o) for o in rows.tolist()])
+    known = set(map(tuple, rows.tolist()))
+    lonely = [o for o in rows.tolist() if tuple(-x for x in o) not in known]
     if lonely:
-        raise UserError(f"offset {lonely[0]} has no opposite; mirror needs all K offsets")
-    if half.ndim < len(rows[0]) + 1 or half.shape[-1] != len(forward):
-        raise UserError(f"half has shape {half.shape}; expected [..., *spatial, {len(forward)}]")
+        raise UserError(f"offset {tuple(lonely[0])} has no opposite; mirror needs all K offsets")
+    opposite = places(-rows, rows)
+    count = int(forward.sum())
+    if half.ndim < rows.shape[1] + 1 or half.shape[-1] != count:
+        raise UserError(f"half has shape {half.shape}; expected [..., *spatial, {count}]")
+    own = np.cumsum(forward) - 1  # where a forward offset stands in `half`
 
-    def channel(o: tuple[int, ...]) -> jax.Array:
-        if o in forward:
-            return half[..., forward[o]][..., None]
-        return shift(half[..., forward[tuple(-x for x in o)]][..., None], o)
+    def channel(k: int) -> jax.Array:
+        if forward[k]:
+            return half[..., own[k]][..., None]
+        return shift(half[..., own[opposite[k]]][..., None], rows[k])
 
-    return jnp.concatenate([channel(o) for o in rows], axis=-1)
+    return jnp.concatenate([channel(k) for k in range(len(rows))], axis=-1)
 
 
 def check_offsets(offsets: np.ndarray) -> Int[np.ndarray, " K ndim"]:

@@ -1,7 +1,7 @@
 """The losses of a config, from what a network gives for a batch: `config.loss`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -68,6 +68,12 @@ KEYS: schema.Section = {
         "as a TPU likes it; `planes`, a plane a class, as a GPU does; `auto` by the platform.",
     ),
     "auxiliary": Key(0.4, schema.FROM_0, "Weight of the auxiliary head's loss."),
+    "deep": Key(
+        1.0,
+        schema.FROM_0,
+        "Weight of the segmentation loss of a decoder's coarser steps, where it scores them "
+        "(`decoder_options.deep_supervision`): half of it for the finest, a quarter for the next.",
+    ),
     "affinity": Key(1.0, schema.FROM_0, "λ; 0 is the plain baseline, without affinity head."),
     "affinity_schedule": Key(
         "constant",
@@ -195,6 +201,7 @@ class Objective:
         weights = {
             **{term: weight for term, (_, weight, _) in self._segmentation.items()},
             "auxiliary": config.loss.auxiliary if config.model.aux else 0.0,
+            "deep": config.loss.deep if self._is_deep(model) else 0.0,
             "affinity": config.loss.affinity,
             "boundaries": config.loss.boundaries if config.model.boundaries is not None else 0.0,
             "aaf": config.loss.aaf,
@@ -228,15 +235,20 @@ class Objective:
             terms["auxiliary"] = self._of_segmentation(
                 "cross_entropy", outputs["aux_logits"], labels, {}
             )
+        if "deep" in self.weights:
+            terms["deep"] = _weighted_sum(
+                (weight / 2**step, self._of_segmentation(name, scores, labels, options))
+                for step, scores in enumerate(outputs["deep_logits"], start=1)
+                for name, weight, options in self._segmentation.values()
+            )
         if "affinity" in self.weights:
             terms["affinity"] = self._affinity(outputs["affinity_logits"], labels)
         if "boundaries" in self.weights:
             maps = outputs["boundary_logits"]
             coarse = affinity.downsample_labels(labels, maps[0].shape[1:-1])
-            parts = [losses.semantic_boundaries(logits, coarse) for logits in maps]
             # Each of the maps counts whole, as in CASENet.
-            terms["boundaries"] = LossSum(
-                jnp.stack([p.sum for p in parts]) * len(parts), jnp.stack([p.count for p in parts])
+            terms["boundaries"] = _weighted_sum(
+                (1.0, losses.semantic_boundaries(logits, coarse)) for logits in maps
             )
         if "aaf" in self.weights:
             coarse = affinity.downsample_labels(labels, logits.shape[1:-1])
@@ -266,6 +278,10 @@ class Objective:
         if blocks == "auto":
             blocks = "planes" if backends.traced_for() == "gpu" else "rows"
         return losses.upsampled_loss(loss, logits, labels, blocks, **options)
+
+    @staticmethod
+    def _is_deep(model: nn.Module) -> bool:
+        return bool(model.segmentation) and bool(getattr(model.decoder, "deep_supervision", False))
 
     @staticmethod
     def _named(loss: ml_collections.ConfigDict) -> dict[str, tuple[str, float, Any]]:
@@ -319,3 +335,13 @@ class Objective:
                 "loss.affinity and loss.refined need an affinity head: set model.affinity, {} for "
                 "its defaults, or set both to 0 for the plain baseline"
             )
+
+
+def _weighted_sum(parts: Iterable[tuple[float, LossSum]]) -> LossSum:
+    """One LossSum, `[n]`, that `finish` takes to Σ weight·finish(part)."""
+    given = list(parts)
+    entries = sum(part.sum.size for _, part in given)
+    sums = [part.sum.ravel() * (weight * entries / part.sum.size) for weight, part in given]
+    return LossSum(
+        jnp.concatenate(sums), jnp.concatenate([part.count.ravel() for _, part in given])
+    )

@@ -32,6 +32,7 @@ SOURCES = (
     "segmentation",
     *SEGMENTATION_LOSSES,  # each, where they are a sum
     "auxiliary",
+    "deep",
     "affinity",
     "boundaries",
     "aaf",

@@ -1,5 +1,7 @@
 """Offsets, shifts and ground-truth affinities."""
 
+import itertools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,62 @@ def test_symmetric_offsets_are_one_of_each_opposite_pair(ndim):
     full = {tuple(o) for o in affinity.offsets((1, 2), ndim).tolist()}
     assert half | {tuple(-x for x in o) for o in half} == full
     assert len(half) * 2 == len(full)
+
+
+# Voxels that are longer along an axis.
+
+
+def test_a_step_is_as_far_along_every_axis_and_never_nothing():
+    """By a loop: an EM stack of 40 × 4 × 4 nm."""
+    found = affinity.offsets((1, 2, 8, 20), 3, spacing=(40, 4, 4)).reshape(4, 26, 3)
+    for d, along, block in zip((1, 2, 8, 20), (1, 1, 1, 2), found, strict=True):
+        steps = [u for u in itertools.product((-1, 0, 1), repeat=3) if any(u)]
+        assert block.tolist() == [[along * z, d * y, d * x] for z, y, x in steps]
+    same = affinity.offsets((1, 2), 3, spacing=(0.7, 0.7, 0.7))
+    np.testing.assert_array_equal(same, affinity.offsets((1, 2), 3))
+
+
+def test_neighbourhoods_of_long_voxels_keep_their_dilations():
+    offsets = affinity.offsets((2, 8), 3, spacing=(1, 1, 5))
+    assert affinity.distinct_dilations(offsets) == [2, 8]
+    assert affinity.dilation_of(offsets).tolist() == [2] * 26 + [8] * 26
+    # In another order they are single offsets again, of the largest entry.
+    assert affinity.dilation_of(offsets[::-1])[0] == 8
+    assert affinity.dilation_of(offsets[12:14]).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("spacing", [(1, 1), (1, 1, 0), (1, 1, -2), (1, 1, float("nan"))])
+def test_a_spacing_that_cannot_be_is_refused(spacing):
+    with pytest.raises(ValueError, match="give the size of a voxel along each of 3 axes"):
+        affinity.offsets((1, 2), 3, spacing=spacing)
+
+
+@hypothesis.given(data=st.data())
+def test_mirroring_keeps_equal_offsets_of_two_dilations_apart(data):
+    """(1, 0, 0) stands in both; the maps of each dilation are mirrored from its own."""
+    offsets = affinity.offsets((1, 2), 3, spacing=(9, 1, 1))
+    half = affinity.offsets((1, 2), 3, symmetric=True, spacing=(9, 1, 1))
+    assert len({tuple(o) for o in offsets.tolist()}) == 52 - 2
+    shape = data.draw(st.tuples(*[st.integers(1, 4)] * 3))
+    maps = np.random.default_rng(0).random((*shape, 26)).astype(np.float32)
+    found = np.asarray(affinity.mirror(maps, offsets))
+    for block in range(2):
+        own = offsets[26 * block : 26 * (block + 1)]
+        own_half = half[13 * block : 13 * (block + 1)]
+        expected = affinity.mirror(maps[..., 13 * block : 13 * (block + 1)], own)
+        np.testing.assert_array_equal(found[..., 26 * block : 26 * (block + 1)], expected)
+        at = [own.tolist().index(o) for o in own_half.tolist()]
+        np.testing.assert_array_equal(
+            found[..., 26 * block + np.array(at)], maps[..., 13 * block : 13 * (block + 1)]
+        )
+
+
+def test_the_second_of_equal_offsets_stands_where_the_second_does():
+    offsets = np.array([[1, 0], [0, 1], [1, 0], [0, -1]])
+    assert affinity.places(offsets, offsets) == [0, 1, 2, 3]
+    assert affinity.places(np.array([[0, -1], [1, 0], [1, 0]]), offsets) == [3, 0, 2]
+    with pytest.raises(ValueError, match=r"there is no offset \(1, 0\)"):
+        affinity.places(np.array([[1, 0]] * 3), offsets)
 
 
 @pytest.mark.parametrize("dilations", [(), (0,), (-1, 2), (1.5,), (2, 2)])

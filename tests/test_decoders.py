@@ -231,3 +231,18 @@ def test_dropout_does_not_depend_on_how_the_batch_is_spread_over_devices():
     assert np.unique(np.where(whole == 0, 0, whole / x).round(5)).tolist() == [0, 2]
     assert 0.4 < np.mean(whole == 0) < 0.6
     assert not np.array_equal(whole[0] == 0, whole[1] == 0)
+
+
+def test_deep_supervision_scores_every_step_before_the_last_and_changes_nothing_else():
+    x = features(64, 96)
+    plain, deep = (build("unet", widths=(16, 12, 8), deep_supervision=d) for d in (False, True))
+    variables = random_variables(deep, x)
+    scores, decoded, coarser = deep.apply(variables, x, False)
+    # Widths end at the features of stride 4; the steps before them are of strides 8 and 16.
+    assert [c.shape for c in coarser] == [(*x[i].shape[:3], 5) for i in (2, 3)]
+    own = {k: v for k, v in variables["params"].items() if k not in ("logits0", "logits1")}
+    expected = plain.apply(variables | {"params": own}, x, False)
+    np.testing.assert_array_equal(scores, expected[0])
+    np.testing.assert_array_equal(decoded, expected[1])
+    with pytest.raises(ValueError, match="deep_supervision scores the steps before the last"):
+        build("unet", widths=(8,), deep_supervision=True).init(jax.random.key(0), x, False)

@@ -294,6 +294,34 @@ def test_soft_targets_and_auxiliary_head_enter_the_total():
     np.testing.assert_allclose(window.losses["total"], total, rtol=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "cross_entropy + 2*dice"])
+def test_coarser_steps_of_the_decoder_count_half_and_a_quarter(loss):
+    """Against the losses of each, one by one."""
+    options = {"widths": (12, 8, 6), "deep_supervision": True, "dropout": 0.0}
+    config = make_config(decoder="unet", decoder_options=options, affinity=None)
+    config.loss.update({"affinity": 0.0, "segmentation": loss, "deep": 0.5})
+    model, _ = make(config, axis_name=None)
+    batch = make_batch()
+    variables = model.init(jax.random.key(0), batch["image"], train=False)
+    outputs = model.apply(variables, batch["image"], train=False)
+    assert len(outputs["deep_logits"]) == 2
+    objective = Objective(config, model, CLASSES)
+    terms = objective(outputs, batch["label"])
+    assert objective.weights["deep"] == 0.5
+    expected = 0.0
+    for step_, coarser in enumerate(outputs["deep_logits"], start=1):
+        full = resize.bilinear(coarser, (32, 32))
+        value = losses.finish(losses.cross_entropy(full, batch["label"]))
+        if "dice" in loss:
+            value += 2 * losses.finish(losses.dice(full, batch["label"]))
+        expected += value / 2**step_
+    assert losses.finish(terms["deep"]) == pytest.approx(float(expected), rel=1e-4)
+    # Four devices, and parts of a batch, take the same steps.
+    one = run(config, steps=2)
+    assert set(one.window.losses) >= {"total", "deep"}
+    assert_same(run(config, "shard_map", 4, steps=2), one, 2e-5)
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

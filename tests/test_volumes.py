@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import shutil
 import struct
 
 import jax
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 import scipy.spatial
 
-from dilaff_jax import affinity, evaluate, metrics, settings, train
-from dilaff_jax.ablation import config_study, fit
+from dilaff_jax import affinity, evaluate, losses, metrics, propagate, settings, train
+from dilaff_jax.ablation import ablate_config, config_study, fit
 from dilaff_jax.ablation import run as ablation_run
 from dilaff_jax.configs import default
 from dilaff_jax.data import (
@@ -34,6 +35,7 @@ from dilaff_jax.export import onnx, saved_model, stablehlo
 from dilaff_jax.models import layers, segmenter, test_time
 from dilaff_jax.models.cpu import volume_conv
 from dilaff_jax.serving import network, predict_files, predictor, view_page, writer
+from tests import oracles
 
 nibabel = pytest.importorskip("nibabel", reason="needs the extra [volumes]")
 tifffile = pytest.importorskip("tifffile", reason="needs the extra [volumes]")
@@ -611,6 +613,50 @@ def test_classes_that_are_missing_are_defined():
         metrics.surfaces(pred, true, 4, (1, 1), 1.0)
 
 
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"embedding": 3, "rates": ()}])
+def test_the_head_takes_neighbours_by_the_size_of_voxels(options):
+    """Channels, targets, loss, bias and propagation agree on what a dilation is."""
+    head = {"sources": ("decoder",), "stride": 1, "width": 4, "rates": (1,), "dilations": (1, 4)}
+    config = {
+        "encoder": "unet",
+        "encoder_options": {"widths": (4, 6), "mean": (0.0,), "std": (1.0,)},
+        "decoder": "unet",
+        "decoder_options": {"widths": (4,)},
+        "norm": "instance",
+        "ndim": 3,
+        "affinity": head | options | {"spacing": (4.0, 1.0, 1.0)},
+    }
+    model = segmenter.build(config, 3)
+    np.testing.assert_array_equal(
+        model.offsets, affinity.offsets((1, 4), 3, spacing=(4.0, 1.0, 1.0))
+    )
+    assert model.offsets[26:].max(axis=0).tolist() == [1, 4, 4]
+    image, label = scene(0, (6, 8, 7))
+    image, label = image[None, ..., None].astype(np.float32), label[None]
+    variables = model.init(jax.random.key(0), image, train=False)
+    outputs = model.apply(variables, image, train=False)
+    edges = outputs["affinity_logits"]
+    assert edges.shape == (1, 6, 8, 7, 52)
+    target, valid = affinity.targets(label, model.offsets)
+    total = losses.affinity_balanced(edges, target, valid, 2)
+    by_hand = [
+        [float((v * side).sum()) for side in (t, 1 - t)]
+        for t, v in zip(
+            np.split(np.asarray(target, np.float32), 2, axis=-1),
+            np.split(np.asarray(valid, np.float32), 2, axis=-1),
+            strict=True,
+        )
+    ]
+    np.testing.assert_allclose(total.count, by_hand)
+    bias = propagate.per_offset(np.array([1.0, 2.0]), model.offsets)
+    assert bias.tolist() == [1.0] * 26 + [2.0] * 26
+    probs = jax.nn.softmax(outputs["logits"])
+    found = propagate.random_walk(probs, jax.nn.sigmoid(edges), model.offsets, steps=2)
+    alone = np.asarray(jax.nn.sigmoid(edges))[0]
+    expected = oracles.csr_random_walk(np.asarray(probs)[0], alone, model.offsets, steps=2)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
 # A trained network, and what it is for.
 
 
@@ -745,6 +791,28 @@ def test_other_arrays_are_refused(run, given, message):
         predictor.load(run[0] / "run")(given)
 
 
+def test_an_operator_is_chosen_for_volumes_and_evaluation_takes_it(run, tmp_path):
+    """Its figures are those of an evaluation, by other code."""
+    root, config = run
+    workdir = shutil.copytree(root / "run", tmp_path / "run")
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.ablate = ablate_config.default()
+        config.ablate.criterion = "boundary_f"
+        config.ablate.grid = {
+            "signed": {"steps": (2,), "strength": (0.02, 0.3), "bias": ("fitted", 0.0)}
+        }
+    content = fit.fit_run(config, workdir)
+    assert len(content["candidates"]) == 5
+    assert list(content["bias"]) == ["1", "2"]
+    assert content["after"]["boundary_f"] >= content["before"]["boundary_f"]
+    results = evaluate.evaluate_run(network.read_config(workdir), workdir)
+    for figure in ("miou", "boundary_f"):
+        for kind, when in (("plain", "before"), ("refined", "after")):
+            found = results.scalars[f"{kind}/{figure}"]
+            assert found == pytest.approx(content[when][figure], abs=2e-3), (kind, figure)
+
+
 def test_what_is_of_images_alone_says_so(run, tmp_path):
     root, config = run
     model = predictor.load(root / "run")
@@ -756,10 +824,10 @@ def test_what_is_of_images_alone_says_so(run, tmp_path):
     with pytest.raises(UserError, match="volumes are not scaled"):
         predictor.Predictor(model.network, resize=0.5)(np.zeros((8, 8, 8)))
     for mode in (ablation_run.ablate, config_study.study):
-        with pytest.raises(UserError, match="holds volumes, and ablate, study and fit are of imag"):
+        with pytest.raises(
+            UserError, match=r"holds volumes, and an ablation .* is of images; --mo"
+        ):
             mode(config, tmp_path / "none")
-    with pytest.raises(UserError, match="holds volumes, and ablate, study and fit are of images"):
-        fit.fit_run(None, root / "run")
     with pytest.raises(UserError, match="this model is of volumes, and the page shows images"):
         view_page.of_files(model, root / "src/images")
     images = segmenter.build({"encoder": "unet", "decoder": "unet", "output_stride": 32}, 2)

@@ -121,11 +121,12 @@ def default() -> ml_collections.ConfigDict:
 
 
 def check_images(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for a run of volumes, for which nothing is selected here."""
+    """Raises UserError for a run of volumes, which pictures and rivals are not made for."""
     if config.model.get("ndim", 2) != 2:
         raise UserError(
-            f"{config.data.dataset} holds volumes, and operators are selected for images; "
-            "--mode study with config.ablate.grid={} compares networks by their evaluations"
+            f"{config.data.dataset} holds volumes, and an ablation with rivals and pictures is of "
+            "images; --mode study with config.ablate.grid={} compares networks by their "
+            "evaluations, --mode fit chooses an operator for one"
         )
 
 

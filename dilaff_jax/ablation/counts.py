@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
+import scipy.ndimage
 
 from dilaff_jax import metrics
 from dilaff_jax.labels import IGNORE_LABEL
@@ -56,7 +57,7 @@ class Truth:
     """Labels of one image, prepared for the quick count that the search for operators makes.
 
     Args:
-        label: `[h, w]`.
+        label: `[*spatial]`.
         num_classes: C.
         tolerance: of the boundary F-score, pixels.
     """
@@ -68,7 +69,7 @@ class Truth:
         self._boundary = (distance == 0) & self._labelled
         self._near = distance <= tolerance
         self._band = self._labelled & (distance < TRIMAP)
-        self._disc = _disc(tolerance)
+        self._tolerance = tolerance
 
     def count(self, pred: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Confusion matrix `[C, C]`, `metrics.boundary_f(...).pixels` `[4]`, and the trimap's.
@@ -77,12 +78,19 @@ class Truth:
         known and whole pixels within the tolerance form a disc.
         """
         boundary = metrics.boundary_pixels(pred)
-        near = cv2.dilate(boundary.astype(np.uint8), self._disc).astype(bool)
+        near = self._close_to(boundary)
         counted = boundary & self._labelled
         pairs = (counted, counted & self._near, self._boundary, self._boundary & near)
         confusion = metrics.host_confusion(pred, self._label, self._num_classes, self._labelled)
         band = metrics.host_confusion(pred, self._label, self._num_classes, self._band)
         return confusion, np.array([p.sum() for p in pairs]), band
+
+    def _close_to(self, boundary: np.ndarray) -> np.ndarray:
+        if boundary.ndim == 2:
+            return cv2.dilate(boundary.astype(np.uint8), _disc(self._tolerance)).astype(bool)
+        if not boundary.any():
+            return boundary
+        return scipy.ndimage.distance_transform_edt(~boundary) <= self._tolerance
 
 
 @functools.cache

@@ -53,7 +53,6 @@ def fit_run(
     trained = network.read_config(workdir)
     config, criterion = _settled(trained if config is None else config, criterion)
     config = datasets.completed(config)
-    ablate_config.check_images(config)
     if config.model.get("segmentation", {}) is None:
         raise UserError(
             f"{workdir} has no segmentation of its own; give another network's, with labels: "

@@ -32,12 +32,12 @@ class Outputs:
 
     Attributes:
         source: the split.
-        size: (height, width) to which its images were padded.
-        logits: float32 `[N, h, w, C]`.
-        affinity_logits: float16 `[N, h', w', K]`, None without head. (Half precision costs
+        size: (height, width) to which its images were padded; of volumes three sides.
+        logits: float32 `[N, *spatial, C]`.
+        affinity_logits: float16 `[N, *spatial', K]`, None without head. (Half precision costs
             them nothing that can be seen and halves gigabytes; logits decide ties, so they keep
             theirs.)
-        offsets: `[K, 2]`, None without head.
+        offsets: `[K, ndim]`, None without head.
         about: which weights and images these are, for what is kept of them.
         folder: where results that follow from them are kept.
     """
@@ -54,9 +54,9 @@ class Outputs:
         return len(self.source)
 
     def cut(self, maps: np.ndarray, index: int) -> np.ndarray:
-        """The part of a padded `[..., H, W]` map that is the image."""
-        height, width = self.source.sizes[index]
-        return maps[..., :height, :width]
+        """The part of a padded `[..., *spatial]` map that is the image."""
+        own: Any = (..., *(slice(int(n)) for n in self.source.sizes[index]))
+        return maps[own]
 
     def batches(self, rows: int, indices: np.ndarray | None = None) -> Iterator["Batch"]:
         """Batches of one shape; the last is filled with repetitions, which are not counted."""
@@ -210,9 +210,10 @@ def probabilities(logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
 
 
 def padded_labels(outputs: Outputs, indices: np.ndarray, rows: int) -> np.ndarray:
-    """Labels at the size of the padded images, 255 where there is no image: `[rows, H, W]`."""
+    """Labels at the size of the padded images, 255 where there is no image: `[rows, *size]`."""
     result = np.full((rows, *outputs.size), IGNORE_LABEL, np.uint8)
     for row, index in enumerate(indices):
         label = outputs.source[int(index)]["label"]
-        result[row, : label.shape[0], : label.shape[1]] = label
+        own: Any = (row, *(slice(n) for n in label.shape))
+        result[own] = label
     return result

@@ -72,7 +72,7 @@ def refined_labels(
     rows: int,
     indices: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Runs candidates that differ only in numbers: yields image indices and labels `[P, n, H, W]`.
+    """Runs candidates that differ only in numbers: yields image indices and labels `[P, n, *size]`.
 
     Args:
         outputs: of a run with an affinity head.
@@ -174,7 +174,7 @@ def _edge_counts(
     labels: jax.Array,
     offsets: tuple[tuple[int, ...], ...],
 ) -> dict[str, jax.Array]:
-    rows, grid = np.array(offsets), affinity_logits.shape[1:3]
+    rows, grid = np.array(offsets), affinity_logits.shape[1:-1]
     target, valid = affinity.targets(affinity.downsample_labels(labels, grid), rows)
     probs = jax.nn.softmax(resize.bilinear(logits, grid))
     same = [jnp.sum(probs * affinity.shift(probs, o), axis=-1) for o in offsets]

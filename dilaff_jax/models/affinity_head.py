@@ -41,6 +41,8 @@ class AffinityHead(nn.Module):
     Attributes:
         dilations: of the neighbourhood, see `affinity.offsets`; on the head's grid.
         symmetric: predict half of the offsets and mirror them, a[i,o] = a[i+o,-o].
+        spacing: None; or the size of a voxel along each axis, where they differ, see
+            `affinity.offsets`.
         stride: of the head's grid, 1, 2, 4, 8 or 16.
         sources: what it reads: "decoder" (features before the classifier), "stride16" to "stride2"
             (the encoder's; "stride1", "stride14" of one that has it), "image" (the normalised
@@ -58,6 +60,7 @@ class AffinityHead(nn.Module):
 
     dilations: tuple[int, ...] = (1, 2, 4, 8)
     symmetric: bool = False
+    spacing: tuple[int | float, ...] | None = None
     stride: int = 4
     sources: tuple[str, ...] = ("decoder", "stride4", "stride2")
     width: int = 64
@@ -108,7 +111,7 @@ class AffinityHead(nn.Module):
                 f"of affinity.stride {self.stride}; give a source of that stride or a larger one"
             )
         symmetric = self.symmetric or self.embedding is not None
-        channels = len(affinity.offsets(self.dilations, self.style.ndim, symmetric))
+        channels = len(self._offsets(symmetric))
         # A 1×1 convolution and bilinear enlargement commute, and the first makes fewer channels.
         x = layers.classifier(self.embedding or channels, self.style)(x)
         x = layers.resize_to(x, size)
@@ -119,7 +122,10 @@ class AffinityHead(nn.Module):
     @property
     def offsets(self) -> np.ndarray:
         """The K offsets of the channels, `[K, ndim]`."""
-        return affinity.offsets(self.dilations, self.style.ndim)
+        return self._offsets(False)
+
+    def _offsets(self, symmetric: bool) -> np.ndarray:
+        return affinity.offsets(self.dilations, self.style.ndim, symmetric, self.spacing)
 
     @property
     def torch_keys(self) -> layers.TorchKeys:
@@ -142,7 +148,7 @@ class AffinityHead(nn.Module):
         x = x.astype(jnp.float32)
         # The small number keeps the gradient finite where a vector is 0.
         e = x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
-        half = affinity.offsets(self.dilations, self.style.ndim, symmetric=True)
+        half = self._offsets(True)
         cosines = jnp.stack([jnp.sum(e * affinity.shift(e, o), axis=-1) for o in half], axis=-1)
         shape = (len(self.dilations),)
         sharpness = self.param("sharpness", nn.initializers.constant(_SHARPNESS), shape)

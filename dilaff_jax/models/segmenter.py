@@ -13,7 +13,8 @@ package is named "module:attribute". The options of a variant are the module's o
   with normalised images and `train` it returns features of nominal stride 2, 4, 8, 16, 32. One
   whose features are of other strides has an attribute `strides`, the nominal stride of each.
 - A decoder has the fields `num_classes` and `style`; called with these features and `train` it
-  returns (scores, the features they were made from), both at the stride it likes. num_classes is 0
+  returns (scores, the features they were made from), both at the stride it likes; a third may be
+  a tuple of scores of coarser steps, which `loss.deep` trains. num_classes is 0
   in an affinity network by itself: `layers.classifier` then scores nothing.
 - Either has `ndims`, the spatial dimensions that it is made for, where they are not 2 alone.
 - Both have a property `torch_keys`, see `interop.torch_layout`; () if there is no counterpart.
@@ -165,7 +166,7 @@ class Segmenter(nn.Module):
     align_corners: bool = False
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array | None]:
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, Any]:
         """Images to scores.
 
         Args:
@@ -176,14 +177,15 @@ class Segmenter(nn.Module):
         Returns:
             float32 arrays or None, each at the stride at which it was made (with `align_corners`:
             at stride 4): `logits` `[B, h, w, C]`, `affinity_logits` `[B, h', w', K]`, `aux_logits`
-            `[B, h", w", C]`, `boundary_logits` two of `[B, h, w, C]`.
+            `[B, h", w", C]`, `boundary_logits` two of `[B, h, w, C]`, `deep_logits` some of them,
+            the finest first.
 
         Raises:
             UserError: `images` have another shape.
         """
         x = normalise(images, self.encoder)
         features = self.encoder(x, train)
-        scores, decoded = self.decoder(features, train)
+        scores, decoded, *coarser = self.decoder(features, train)
         logits = scores.astype(jnp.float32) if self.segmentation else None
         if self.align_corners and logits is not None:
             size = images.shape[1:-1]
@@ -205,6 +207,7 @@ class Segmenter(nn.Module):
             "affinity_logits": affinities,
             "aux_logits": aux,
             "boundary_logits": boundaries,
+            "deep_logits": tuple(x.astype(jnp.float32) for x in coarser[0]) if coarser else None,
         }
 
     @property

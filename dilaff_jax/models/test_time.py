@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from dilaff_jax import propagate, resize, schema
+from dilaff_jax.affinity import places
 from dilaff_jax.errors import UserError
 from dilaff_jax.schema import Key, Rule
 
@@ -199,5 +200,5 @@ def _unflip(affinity: jax.Array, offsets: np.ndarray | None) -> jax.Array:
     assert offsets is not None
     mirrored = offsets.copy()
     mirrored[:, _MIRRORED - 1] *= -1
-    order = [int(np.flatnonzero((offsets == o).all(axis=1))[0]) for o in mirrored]
+    order = places(mirrored, offsets)
     return jnp.flip(affinity, _MIRRORED)[..., np.array(order)]
