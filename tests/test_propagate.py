@@ -260,6 +260,23 @@ def test_a_sweep_is_one_walk_per_dilation_in_turn():
         np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
+def test_a_sweep_takes_the_neighbours_of_long_voxels():
+    """A walk for each dilation, one after the other, as sparse products; 1 × 2 × 2 and 1 × 4 × 4."""
+    offsets = affinity_lib.offsets((2, 4), 3, spacing=(9, 1, 1))
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(3), size=(1, 4, 7, 6)).astype(np.float32)
+    weights = rng.random((1, 4, 7, 6, 52), dtype=np.float32)
+    for order, blocks in (("fine_to_coarse", (0, 1)), ("coarse_to_fine", (1, 0))):
+        expected = probs[0]
+        for block in blocks:
+            own = slice(26 * block, 26 * (block + 1))
+            expected = oracles.csr_random_walk(
+                expected, weights[0, ..., own], offsets[own], steps=1
+            )
+        found = propagate.random_walk(probs, weights, offsets, steps=1, order=order)
+        np.testing.assert_allclose(found[0], expected, atol=1e-6)
+
+
 def test_a_volume_walks_along_its_twenty_six_neighbours():
     probs, logits, offsets = problem(7, (5, 6, 4), dilations=(1, 2))
     assert offsets.shape == (52, 3)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from dilaff_jax.affinity import inside
+from dilaff_jax.affinity import dilation_of, inside
 from dilaff_jax.errors import UserError
 from dilaff_jax.numerics import log_probs
 
@@ -195,26 +195,32 @@ def _sweep(
     """One walk step for each dilation in turn, as a scan over the dilation-shifted maps."""
     weights = weights * inside(weights.shape[1:-1], np.array(offsets))
     groups: dict[int, list[int]] = {}
-    for k, offset in enumerate(offsets):
-        groups.setdefault(max(map(abs, offset)), []).append(k)
+    for k, dilation in enumerate(dilation_of(np.array(offsets)).tolist()):
+        groups.setdefault(dilation, []).append(k)
     dilations = sorted(groups, reverse=order == "coarse_to_fine")
-    directions = [[tuple(x // d for x in offsets[k]) for k in groups[d]] for d in dilations]
-    if any(other != directions[0] for other in directions):
+    rows = [np.array([offsets[k] for k in groups[d]]) for d in dilations]
+    # How far a step goes along each axis: the same along all, unless voxels are longer along some.
+    along = np.stack([np.abs(r).max(axis=0) for r in rows])
+    directions = np.sign(rows[0])
+    if any(
+        r.shape != rows[0].shape or (r != a * directions).any()
+        for r, a in zip(rows, along, strict=True)
+    ):
         raise UserError(f"order {order!r} needs the same directions in the same order per dilation")
     stacked = jnp.stack([weights[..., groups[d]] for d in dilations])
     scale, own = _normalise(stacked.sum(axis=-1, keepdims=True), self_weight)
     share = scale * stacked
-    reach = max(dilations)
+    reach = int(along.max())
 
     def sub_step(
         p: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        dilation, share, own = xs
+        step, share, own = xs
         padded = jnp.pad(p, [(0, 0), *[(reach, reach)] * (p.ndim - 2), (0, 0)])
         total = own * p
-        for k, u in enumerate(directions[0]):
-            corner: list[ArrayLike] = [0, *(reach + dilation * x for x in u), 0]
+        for k, u in enumerate(directions.tolist()):
+            corner: list[ArrayLike] = [0, *(reach + step[a] * x for a, x in enumerate(u)), 0]
             total = total + share[..., k : k + 1] * jax.lax.dynamic_slice(padded, corner, p.shape)
         return total, None
 
-    return lambda p: jax.lax.scan(sub_step, p, (jnp.array(dilations), share, own))[0]
+    return lambda p: jax.lax.scan(sub_step, p, (jnp.asarray(along), share, own))[0]
