@@ -49,6 +49,30 @@ def test_sliders_change_the_refinement(viewer):
     assert np.mean(viewer.result(walk).labels != result.plain) > 0
 
 
+def test_the_page_begins_with_what_was_fitted(viewer, tiny_run):
+    """A bias for each dilation, and options that have no slider."""
+    refine = {"name": "signed", "steps": 2, "bias": [0.5, -1.0], "repulsion": 0.25}
+    model = dilaff_jax.load(tiny_run, refine=refine)
+    fitted = view_state.Viewer(
+        model, ["one"], lambda i: view_state.Picture("one", IMAGE, TRUTH, IMAGE)
+    )
+    settings = fitted.initial()
+    assert settings.refinement() == refine | {"strength": 0.1}
+    np.testing.assert_array_equal(fitted.result(settings).labels, model(IMAGE).labels)
+    moved = view_state.dataclasses.replace(settings, bias=1.5)
+    assert moved.refinement()["bias"] == [2.0, 0.5]
+    walk = view_state.dataclasses.replace(settings, operator="random_walk")
+    assert "repulsion" not in walk.refinement()
+    weights = {w.offset: w.affinity for w in fitted.weights(settings, 45, 14)}
+    logits = fitted.result(settings).affinity_logits[3, 11]
+    for k, offset in enumerate(model.network.offsets.tolist()):
+        if tuple(offset) in weights:
+            bias = (0.5, -1.0)[k // 8]
+            assert weights[tuple(offset)] == pytest.approx(
+                1 / (1 + np.exp(bias - logits[k])), abs=1e-5
+            )
+
+
 def test_every_layer_is_a_picture_of_the_image_size(viewer):
     pictures = {}
     for layer in viewer.layers:

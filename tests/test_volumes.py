@@ -1,5 +1,6 @@
 """Volumes: files, augmentation, networks, figures, training and prediction in three dimensions."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -813,6 +814,70 @@ def test_an_operator_is_chosen_for_volumes_and_evaluation_takes_it(run, tmp_path
             assert found == pytest.approx(content[when][figure], abs=2e-3), (kind, figure)
 
 
+def test_the_page_shows_slices_across_any_axis_as_long_as_they_are(run):
+    root, _ = run
+    model = predictor.load(root / "run")
+    source = loaded(root / "data", "validation")
+    viewer = view_page.of_source(model, source)
+    assert viewer.is_of_volumes
+    label, spacing = source[0]["label"], source.spacings[0]
+    result = viewer.result(viewer.initial())
+    change = model.correction(model.infer(source[0]["image"]), model.operator)
+    whole = model.finish(np.zeros(()), model.infer(source[0]["image"]), change)
+    np.testing.assert_array_equal(result.labels, whole.labels)
+    for axis, position in itertools.product(range(3), (0.0, 0.4, 1.0)):
+        index = min(int(position * label.shape[axis]), label.shape[axis] - 1)
+        look = {"axis": axis, "position": position, "opacity": 1.0}
+        for layer, maps in (("truth", label), ("after", whole.labels), ("before", whole.plain)):
+            settings = dataclasses.replace(viewer.initial(), layer=layer, **look)
+            shown, text = viewer.render(settings)
+            first, second = (a for a in range(3) if a != axis)
+            least = min(spacing[first], spacing[second])
+            size = [round(label.shape[a] * spacing[a] / least) for a in (second, first)]
+            assert shown.shape == (*size, 3)
+            flat = maps.take(index, axis=axis).T[::-1]
+            if size == list(flat.shape):
+                np.testing.assert_array_equal(shown, source.colors[flat])
+            assert "right before" in text
+    edges = dataclasses.replace(viewer.initial(), layer="edges, dilation 2", axis=0)
+    assert viewer.render(edges)[0].ndim == 3
+    of_files = view_page.of_files(model, root / "src/images")
+    assert len(of_files.names) == 12
+    assert of_files.render(of_files.initial())[0].ndim == 3
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_click_in_a_slice_shows_the_neighbours_within_it(run, axis):
+    """By a loop over offsets; a cell is a voxel here."""
+    root, _ = run
+    model = predictor.load(root / "run")
+    source = loaded(root / "data", "validation")
+    viewer = view_page.of_source(model, source)
+    settings = dataclasses.replace(viewer.initial(), axis=axis, position=0.5)
+    shape = source[0]["label"].shape
+    first, second = (a for a in range(3) if a != axis)
+    own = [3, 3, 3]
+    own[axis] = int(0.5 * shape[axis])
+    height, width = viewer.render(settings)[0].shape[:2]
+    x = (own[first] + 0.5) * width / shape[first]
+    y = (shape[second] - 1 - own[second] + 0.5) * height / shape[second]
+    found = {w.offset: w for w in viewer.weights(settings, x, y)}
+    result = viewer.result(settings)
+    expected = {}
+    for k, o in enumerate(result.offsets.tolist()):
+        there = [a + b for a, b in zip(own, o, strict=True)]
+        if o[axis] == 0 and all(0 <= t < n for t, n in zip(there, shape, strict=True)):
+            expected[tuple(o)] = (result.affinity[(*own, k)], there)
+    assert found.keys() == expected.keys()
+    assert len(found) >= 8
+    for offset, (affinity_, there) in expected.items():
+        weight = found[offset]
+        assert weight.affinity == pytest.approx(affinity_, abs=1e-6)
+        assert weight.x == pytest.approx((there[first] + 0.5) * width / shape[first])
+        assert weight.step == (-np.sign(offset[second]), np.sign(offset[first]))
+        assert weight.dilation == max(map(abs, offset))
+
+
 def test_what_is_of_images_alone_says_so(run, tmp_path):
     root, config = run
     model = predictor.load(root / "run")
@@ -828,8 +893,6 @@ def test_what_is_of_images_alone_says_so(run, tmp_path):
             UserError, match=r"holds volumes, and an ablation .* is of images; --mo"
         ):
             mode(config, tmp_path / "none")
-    with pytest.raises(UserError, match="this model is of volumes, and the page shows images"):
-        view_page.of_files(model, root / "src/images")
     images = segmenter.build({"encoder": "unet", "decoder": "unet", "output_stride": 32}, 2)
     with pytest.raises(UserError, match="is of volumes, and this data set holds images"):
         settings.check_best_metric("dice", ("a", "b"), images)

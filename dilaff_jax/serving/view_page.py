@@ -27,7 +27,6 @@ OPERATORS = ["identity", "random_walk", "signed"]
 
 def of_files(predictor: Predictor, folder: pathlib.Path) -> Viewer:
     """A viewer of an image, or of the images below a folder. Raises as `predict.find`."""
-    _check_images(predictor)
     files = {
         name: path
         for name, path in predict_files.find(
@@ -39,30 +38,25 @@ def of_files(predictor: Predictor, folder: pathlib.Path) -> Viewer:
 
     def open_picture(index: int) -> Picture:
         seen = predictor.read(paths[index])
-        return Picture(list(files)[index], seen.picture, None, seen.pixels)
+        spacing = Picture._field_defaults["spacing"] if seen.place is None else seen.place.spacing
+        return Picture(list(files)[index], seen.picture, None, seen.pixels, spacing)
 
     return Viewer(predictor, list(files), open_picture)
 
 
 def of_source(predictor: Predictor, source: datasets.Source) -> Viewer:
     """A viewer of a split of a data set; its images are scaled already."""
-    _check_images(predictor)
 
     def open_picture(index: int) -> Picture:
         example = source[index]
         image = example["image"]
         pixels = image.astype(predictor.network.dtype)
-        return Picture(source.names[index], source.picture(image), example["label"], pixels)
+        picture = Picture(source.names[index], source.picture(image), example["label"], pixels)
+        if source.spacings is None:
+            return picture
+        return picture._replace(spacing=source.spacings[index].tolist())
 
     return Viewer(predictor, source.names, open_picture)
-
-
-def _check_images(predictor: Predictor) -> None:
-    if predictor.network.ndim != 2:
-        raise UserError(
-            "this model is of volumes, and the page shows images; --mode predict writes label maps "
-            "and pictures of slices"
-        )
 
 
 def check_port(port: int) -> None:
@@ -143,6 +137,12 @@ class Page:
         ui.radio(self._viewer.layers, value=settings.layer).on_value_change(
             lambda e: self._set(layer=e.value)
         )
+        if self._viewer.is_of_volumes:
+            axes = dict(enumerate(("first axis", "second axis", "third axis")))
+            ui.select(axes, value=settings.axis, label="slices across").classes(
+                "w-full"
+            ).on_value_change(lambda e: self._set(axis=e.value))
+            self._slider("position", 0, 1, 0.01)
         self._slider("opacity", 0, 1, 0.05)
         if not self._viewer.predictor.has_affinity:
             return
@@ -250,9 +250,7 @@ def table(weights: list[Weight]) -> str:
     """The weights as a 3 x 3 grid for each dilation, HTML."""
     by_dilation: dict[int, dict[tuple[int, int], float]] = {}
     for weight in weights:
-        dilation = max(map(abs, weight.offset))
-        step = weight.offset[0] // dilation, weight.offset[1] // dilation
-        by_dilation.setdefault(dilation, {})[step] = weight.affinity
+        by_dilation.setdefault(weight.dilation, {})[weight.step] = weight.affinity
     grids = []
     for dilation, cells in by_dilation.items():
         rows = "".join(
@@ -272,7 +270,7 @@ def _cell(affinity: float | None) -> str:
 
 
 def _circle(weight: Weight) -> str:
-    radius = weight.size * (0.22 + 0.09 * max(map(abs, weight.offset)))
+    radius = weight.size * (0.22 + 0.09 * weight.dilation)
     return (
         f'<circle cx="{weight.x:.1f}" cy="{weight.y:.1f}" r="{radius:.2f}" '
         f'fill="{color(weight.affinity)}" stroke="black" stroke-width="{weight.size / 13:.2f}" />'
