@@ -23,6 +23,8 @@ from dilaff_jax.serving.view_state import Picture, Settings, Viewer, Weight
 
 HOST = "127.0.0.1"
 OPERATORS = ["identity", "random_walk", "signed"]
+# Small pictures are enlarged to about so many pixels, or the cross hair would be thick on them.
+_LEAST = 720
 
 
 def of_files(predictor: Predictor, folder: pathlib.Path) -> Viewer:
@@ -100,6 +102,7 @@ class Page:
         self._viewer, self._settings = viewer, viewer.initial()
         self._busy = self._again = False
         self._clicked: tuple[float, float] | None = None
+        self._factor = 1
 
     def build(self) -> None:
         """Lays out the page."""
@@ -115,7 +118,7 @@ class Page:
                     self._spinner = ui.spinner()
                 self._image = ui.interactive_image(
                     on_mouse=self._click, events=["mousedown"], cross=True
-                ).classes("picture w-full max-w-4xl")
+                ).classes("picture")
                 self._legend()
             with ui.column().classes("w-72 shrink-0"):
                 ui.label("Click a pixel: how likely is each neighbour of its class?")
@@ -217,7 +220,12 @@ class Page:
                 if drawn is None:  # the server is ending
                     return
                 picture, text = drawn
-                self._image.set_source(Image.fromarray(picture))
+                height, width = picture.shape[:2]
+                self._factor = max(1, _LEAST // max(height, width))
+                drawn_at = picture.repeat(self._factor, axis=0).repeat(self._factor, axis=1)
+                self._image.set_source(Image.fromarray(drawn_at))
+                # As wide as there is room for, and not higher than the window.
+                self._image.style(f"width: min(100%, 56rem, {85 * width / height:.1f}vh)")
                 self._figures.set_text(text)
                 name = self._viewer.names[settings.index]
                 self._number.set_text(f"{settings.index + 1} of {len(self._viewer.names)}: {name}")
@@ -227,7 +235,7 @@ class Page:
             self._spinner.set_visibility(False)
 
     def _click(self, event: Any) -> None:
-        self._clicked = event.image_x, event.image_y
+        self._clicked = event.image_x / self._factor, event.image_y / self._factor
         self._mark()
 
     def _mark(self) -> None:
@@ -235,7 +243,8 @@ class Page:
         weights = []
         if self._clicked is not None:
             weights = self._viewer.weights(self._settings, *self._clicked)
-        self._image.set_content("".join(_circle(w) for w in weights))
+        circles = "".join(_circle(w) for w in weights)
+        self._image.set_content(f'<g transform="scale({self._factor})">{circles}</g>')
         self._table.set_content(table(weights))
 
 
