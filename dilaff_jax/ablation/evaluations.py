@@ -21,7 +21,7 @@ from dilaff_jax.runtime import cost, provenance, reporting
 FORMAT = 1
 # What one pair of seeds says of the mean; the interval of so many is worked out from their scatter.
 SEEDS = (3, 5, 10, 20)
-_MAIN = ("miou", "dice", "boundary_f", "surface_dice")
+_OF_IMAGES, _OF_VOLUMES = ("miou", "boundary_f"), ("dice", "surface_dice")
 # Of an evaluation, what says little that others do not.
 _LEFT_OUT = ("classes", "boundary_precision", "boundary_recall", "boundary_f_class")
 
@@ -78,7 +78,7 @@ def table(result: Mapping[str, Any]) -> str:
         return f"{100 * mean:+.2f}{interval}"
 
     plain = result["rows"]["baseline"]["plain"]
-    figures = [f for f in _MAIN if f in plain]
+    figures = _OF_VOLUMES if "dice" in plain else _OF_IMAGES
     rows = [
         [
             name,
