@@ -348,3 +348,51 @@ def test_folded_weights_need_a_batch_norm_to_unfold_into(tmp_path):
     model, variables = small(norm="group")
     with pytest.raises(ValueError, match="folded weights need norm='batch'"):
         pretrained.load_backbone(model, variables, path, folded=True)
+
+
+def test_the_kernels_of_volumes_are_torchs():
+    """A convolution in three dimensions, whose kernel has a place for each axis."""
+    torch = pytest.importorskip("torch", reason="needs the extra [torch]")
+    config = {
+        "encoder": "unet",
+        "encoder_options": {"widths": (3, 4), "mean": (0.0,), "std": (1.0,)},
+        "decoder": "unet",
+        "decoder_options": {"widths": (3,)},
+        "norm": "instance",
+        "ndim": 3,
+    }
+    model = segmenter.build(config, 2)
+    volume = np.random.default_rng(0).normal(size=(1, 6, 5, 7, 1)).astype(np.float32)
+    variables = model.init(jax.random.key(0), volume, train=False)
+    state = torch_layout.to_torch(model, variables)
+    [name] = [n for n, v in state.items() if v.shape == (3, 1, 3, 3, 3)]
+    kernel = next(v for v in jax.tree.leaves(variables["params"]) if v.shape == (3, 3, 3, 1, 3))
+    ours = jax.lax.conv_general_dilated(
+        volume, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+    theirs = torch.nn.functional.conv3d(
+        torch.from_numpy(np.moveaxis(volume, -1, 1)), torch.from_numpy(state[name]), padding=1
+    )
+    np.testing.assert_allclose(np.moveaxis(np.asarray(ours), -1, 1), theirs, atol=1e-5)
+    back = torch_layout.from_torch(model, variables, state)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_heads_without_a_counterpart_in_torch_go_there_and_back():
+    config = {
+        "encoder": "unet",
+        "encoder_options": {"widths": (4, 6, 8)},
+        "decoder": "unet",
+        "decoder_options": {"widths": (6,)},
+        "output_stride": 16,
+        "affinity": {"sources": ("stride4",), "rates": (), "embedding": 3},
+        "boundaries": {"sides": ("stride1", "stride2"), "last": "stride4"},
+    }
+    model = segmenter.build(config, 3)
+    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8), train=False)
+    state = torch_layout.to_torch(model, variables)
+    assert {"affinity_head.sharpness", "boundary_head.fuse"} <= state.keys()
+    back = torch_layout.from_torch(model, variables, state)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -19,7 +19,7 @@ from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import cost, provenance, reporting
 
 FORMAT = 1
-# What one pair of seeds says of the mean; the interval of so many is worked out from their scatter.
+# For so many seeds it is worked out how far they would reach, from the scatter of those there are.
 SEEDS = (3, 5, 10, 20)
 _OF_IMAGES, _OF_VOLUMES = ("miou", "boundary_f"), ("dice", "surface_dice")
 # Of an evaluation, what says little that others do not.

@@ -24,6 +24,7 @@ PARTS = {
     "decoder": "classifier.",
     "aux_head": "aux_classifier.",
     "affinity_head": "affinity_head.",
+    "boundary_head": "boundary_head.",
 }
 _LEAVES = {
     "kernel": "weight",
@@ -146,10 +147,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _axes_to_torch(leaf: str, value: np.ndarray) -> np.ndarray:
-    """HWIO to OIHW, (in, out) to (out, in)."""
+    """HWIO to OIHW, DHWIO to OIDHW, (in, out) to (out, in)."""
     if leaf != "kernel":
         return value
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    spatial = range(value.ndim - 2)
+    return value.transpose(value.ndim - 1, value.ndim - 2, *spatial)
 
 
 def _axes_from_torch(leaf: str, value: np.ndarray, ndim: int) -> np.ndarray:
@@ -157,5 +159,5 @@ def _axes_from_torch(leaf: str, value: np.ndarray, ndim: int) -> np.ndarray:
     if leaf == "kernel":
         if ndim == 2 and value.shape[2:] == (1, 1):  # a linear layer kept as a 1×1 convolution
             value = value[:, :, 0, 0]
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        value = value.transpose(*range(2, value.ndim), 1, 0)
     return np.ascontiguousarray(value)
