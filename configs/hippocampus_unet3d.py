@@ -36,8 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
         "rates": (1,),
     }
     config.loss.segmentation = "cross_entropy + dice"
-    # Without weights it says "background" everywhere for hundreds of steps; with those by frequency,
-    # 1 to 7, it finds all of the classes and outlines them too large.
+    # Without weights it says "background" everywhere for hundreds of steps; with those by
+    # frequency, 1 to 7, it finds all of the classes and outlines them too large.
     config.loss.segmentation_options = {"cross_entropy": {"class_weights": (0.5, 1.5, 1.5)}}
     config.optim.update({"name": "adamw", "learning_rate": 5e-3, "weight_decay": 1e-4})
     config.optim.update({"warmup_steps": 50, "clip_norm": 1.0})
