@@ -41,6 +41,17 @@ def test_targets_are_those_of_a_loop():
     assert not target[1, ..., 1].any()
 
 
+def test_targets_of_volumes_look_along_three_axes():
+    labels = np.zeros((1, 5, 5, 5), np.uint8)
+    labels[0, 3:] = 1
+    target, _ = losses.boundary_targets(labels, 2)
+    expected = np.zeros(labels.shape, bool)
+    expected[0, 2:4] = True
+    np.testing.assert_array_equal(target[..., 0], expected)
+    turned, _ = losses.boundary_targets(np.moveaxis(labels, 1, 3), 2)
+    np.testing.assert_array_equal(turned, np.moveaxis(np.asarray(target), 1, 3))
+
+
 def test_the_loss_is_that_of_a_loop():
     logits, labels = scene()
     target, valid = by_loop(labels), labels != 255

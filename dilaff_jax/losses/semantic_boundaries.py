@@ -12,19 +12,20 @@ from dilaff_jax.losses.loss_sum import LossSum
 
 
 def boundary_targets(
-    labels: Int[ArrayLike, "B H W"], num_classes: int, ignore_label: int = IGNORE_LABEL
-) -> tuple[Bool[Array, "B H W C"], Bool[Array, "B H W C"]]:
-    """Where each class has a boundary: c and another class are among the 3×3 cells around.
+    labels: Int[ArrayLike, " B *spatial"], num_classes: int, ignore_label: int = IGNORE_LABEL
+) -> tuple[Bool[Array, " B *spatial C"], Bool[Array, " B *spatial C"]]:
+    """Where each class has a boundary: c and another class are among the cells around.
 
-    On a grid of stride 2 that marks two pixels on each side, as SBD and SBCB do.
+    Around are those within a cell along every axis, 3×3 or, of volumes, 3×3×3. On a grid of
+    stride 2 that marks two pixels on each side, as SBD and SBCB do.
 
     Args:
-        labels: on the grid of the logits, `[B, H, W]`.
+        labels: on the grid of the logits, `[B, *spatial]`.
         num_classes: C.
         ignore_label: of cells that are of no class.
 
     Returns:
-        The target and where it counts, `[B, H, W, C]`: cells with a label.
+        The target and where it counts, `[B, *spatial, C]`: cells with a label.
     """
     labels = jnp.asarray(labels)
     classes = jnp.arange(num_classes, dtype=labels.dtype)
@@ -36,8 +37,8 @@ def boundary_targets(
 
 
 def semantic_boundaries(
-    logits: Real[ArrayLike, "B H W C"],
-    labels: Int[ArrayLike, "B H W"],
+    logits: Real[ArrayLike, " B *spatial C"],
+    labels: Int[ArrayLike, " B *spatial"],
     ignore_label: int = IGNORE_LABEL,
 ) -> LossSum:
     """Binary cross-entropy of the boundaries of each class, boundary and rest weighing the same.
@@ -47,8 +48,8 @@ def semantic_boundaries(
     class is our choice, as everywhere here.
 
     Args:
-        logits: `[B, H, W, C]`.
-        labels: on the same grid, `[B, H, W]`.
+        logits: `[B, *spatial, C]`.
+        labels: on the same grid, `[B, *spatial]`.
         ignore_label: of cells that do not count.
 
     Returns:
@@ -60,7 +61,7 @@ def semantic_boundaries(
     if jnp.shape(logits)[:-1] != jnp.shape(labels):
         raise UserError(
             f"logits have shape {jnp.shape(logits)} and labels {jnp.shape(labels)}; expected "
-            "[B, H, W, C] and [B, H, W]"
+            "[B, *spatial, C] and [B, *spatial]"
         )
     num_classes = jnp.shape(logits)[-1]
     target, valid = boundary_targets(labels, num_classes, ignore_label)
@@ -68,8 +69,8 @@ def semantic_boundaries(
 
 
 def _around(x: jax.Array) -> jax.Array:
-    """Whether it is so in any of the 3×3 cells around, `[B, H, W, C]`."""
-    for axis in (1, 2):
+    """Whether it is so in any of the cells around, `[B, *spatial, C]`."""
+    for axis in range(1, x.ndim - 1):
         edge = [(0, 0)] * x.ndim
         edge[axis] = (1, 1)
         padded = jnp.pad(x, edge)
