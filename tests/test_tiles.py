@@ -23,6 +23,7 @@ from dilaff_jax.serving import predict_files, refine_files, tile_files, tiles, w
 from dilaff_jax.serving.foreign_files import Form
 from dilaff_jax.serving.network import Network
 from dilaff_jax.serving.predictor import Geometry, Predictor, Raw
+from dilaff_jax.serving.reach import reach
 from tests import data_files
 
 rasterio = pytest.importorskip("rasterio", reason="needs the extra [geo]")
@@ -99,7 +100,7 @@ def test_how_far_propagation_reaches_is_what_a_changed_pixel_reaches():
     ):
         refined = dilaff_jax.propagate.operator(**refine)(probs, edges, offsets)
         changed = np.argwhere(np.abs(np.asarray(refined)[0, ..., 0] - 0.5) > 1e-7)
-        assert np.abs(changed - 30).max() == tiles.reach(refine, offsets), refine
+        assert np.abs(changed - 30).max() == reach(refine, offsets), refine
 
 
 # Without seams.

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import struct
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,14 @@ from dilaff_jax.errors import UserError
 from dilaff_jax.export import onnx, saved_model, stablehlo
 from dilaff_jax.models import layers, segmenter, test_time
 from dilaff_jax.models.cpu import volume_conv
-from dilaff_jax.serving import network, predict_files, predictor, view_page, writer
+from dilaff_jax.serving import (
+    network,
+    predict_files,
+    predictor,
+    view_page,
+    volume_slabs,
+    writer,
+)
 from tests import oracles
 
 nibabel = pytest.importorskip("nibabel", reason="needs the extra [volumes]")
@@ -812,6 +820,74 @@ def test_an_operator_is_chosen_for_volumes_and_evaluation_takes_it(run, tmp_path
         for kind, when in (("plain", "before"), ("refined", "after")):
             found = results.scalars[f"{kind}/{figure}"]
             assert found == pytest.approx(content[when][figure], abs=2e-3), (kind, figure)
+
+
+@pytest.fixture(scope="module")
+def windowed(run):
+    """The network, which sees windows of 12³ of what is larger."""
+    root, _ = run
+    config = network.read_config(root / "run")
+    config.inference.window, config.inference.stride = (12, 12, 12), 0.5
+    return predictor.load(root / "run", config=config)
+
+
+LONG = np.random.default_rng(5).normal(size=(70, 20, 15)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "refine",
+    [
+        {"name": "signed", "steps": 3, "bias": (0.5, -0.25)},
+        {"name": "random_walk", "steps": 2, "order": "coarse_to_fine"},
+        {"name": "identity"},
+    ],
+)
+def test_slabs_give_what_the_whole_volume_gives(windowed, monkeypatch, refine):
+    model = predictor.Predictor(dataclasses.replace(windowed.network, refine=refine))
+    whole = model(LONG)
+    assert whole.affinity_logits is not None
+    monkeypatch.setattr(volume_slabs, "LARGE", 10**6)
+    assert volume_slabs.are_needed(model.network, LONG.shape)
+    slabs = model(LONG)
+    np.testing.assert_allclose(slabs.probs, whole.probs, atol=2e-5)
+    for found, expected in ((slabs.labels, whole.labels), (slabs.plain, whole.plain)):
+        assert (found != expected).mean() < 1e-3  # ties
+    assert slabs.affinity_logits is None
+    assert slabs.edges is None
+    assert slabs.overlay().shape == whole.overlay().shape
+    without = model(LONG, refine=False)
+    np.testing.assert_array_equal(without.labels, without.plain)
+
+
+def test_slabs_follow_one_another_and_hold_no_more_of_a_deeper_volume(windowed):
+    """What NumPy holds at most, beside the volume and its result."""
+    peaks = []
+    for depth in (60, 240):
+        pixels = np.zeros((depth, 14, 14, 1), np.float32)
+        pixels[..., 0] = np.random.default_rng(0).normal(size=pixels.shape[:-1])
+        at = 0
+        tracemalloc.start()
+        for slab in volume_slabs.slabs(windowed.network, pixels, windowed.network.refine):
+            assert slab.start == at < slab.stop
+            assert slab.labels.shape == (slab.stop - slab.start, 14, 14)
+            at = slab.stop
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert at == depth
+    affinities = 4 * 240 * 14 * 14 * 52
+    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < 0.6 * affinities
+
+
+def test_what_is_seen_whole_has_no_slabs(run, windowed, monkeypatch):
+    root, _ = run
+    monkeypatch.setattr(volume_slabs, "LARGE", 0)
+    assert not volume_slabs.are_needed(windowed.network, (12, 12, 12))
+    assert volume_slabs.are_needed(windowed.network, (12, 12, 13))
+    assert not volume_slabs.are_needed(predictor.load(root / "run").network, (90, 90, 90))
+    config = network.read_config(root / "run")
+    config.inference.window, config.inference.flip = (12, 12, 12), True
+    assert predictor.load(root / "run", config=config).network.windows is None
 
 
 def test_the_page_shows_slices_across_any_axis_as_long_as_they_are(run):

@@ -129,7 +129,7 @@ def _sliding(
     padded = jnp.pad(images, padding, mode="edge")
     corners = np.array(list(itertools.product(*tops)), np.int32)
     # Of images all count alike, and nothing is multiplied.
-    weigh = _gaussian if len(size) == 3 else None
+    weigh = gaussian if len(size) == 3 else None
 
     def visit(sums: Any, corner: jax.Array) -> tuple[Any, None]:
         part = jax.lax.dynamic_slice(padded, (0, *corner, 0), crop.shape)
@@ -175,7 +175,7 @@ def _add(canvas: jax.Array, part: jax.Array, corner: jax.Array, weigh: Weigh | N
     return jax.lax.dynamic_update_slice(canvas, before + part, start)
 
 
-def _gaussian(window: Sequence[int]) -> np.ndarray:
+def gaussian(window: Sequence[int]) -> np.ndarray:
     """Weights `[*window, 1]`, 1 in the middle, never so small that their sum loses digits."""
     weights = np.ones((*window, 1))
     for axis, n in enumerate(window):

@@ -24,6 +24,21 @@ Apply: TypeAlias = Callable[[Any, jax.Array], tuple[jax.Array | None, jax.Array 
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+    """How a network goes over a volume that is larger than what it sees at once.
+
+    Attributes:
+        apply: `(variables, volumes)` of a window's size to logits and affinity logits.
+        size: of a window, three sides.
+        stride: as a share of it.
+    """
+
+    apply: Apply
+    size: tuple[int, ...]
+    stride: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A function from images to logits, and what must be known to use it.
 
@@ -42,6 +57,8 @@ class Network:
         bands: of images that are not RGB of 8 bits but float32 of these; None for RGB.
         ndim: spatial dimensions, 2 of images, 3 of volumes.
         normalise: of volumes, see `volumes.normalised`.
+        windows: of volumes that are larger than what is seen at once; None where a volume is always
+            seen whole, at several scales or mirrored, or the affinities are not of its size.
     """
 
     apply: Apply
@@ -58,6 +75,7 @@ class Network:
     bands: Bands | None = None
     ndim: int = 2
     normalise: volumes.Normalisation = "none"
+    windows: Windows | None = None
 
     @property
     def channels(self) -> int:
@@ -120,8 +138,22 @@ def from_run(
         bands=_bands(config, model),
         ndim=model.encoder.style.ndim,
         normalise=config.data.get("normalise", "none"),
+        windows=_windows(config.inference, model),
     )
     return network, model, step
+
+
+def _windows(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -> Windows | None:
+    head: Any = model.affinity_head
+    whole = config.window is None or config.flip or tuple(config.scales) != (1.0,)
+    if whole or model.encoder.style.ndim != 3 or head is None or head.stride != 1:
+        return None
+
+    def apply(variables: Any, volumes: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        outputs: Any = model.apply(variables, volumes, train=False)
+        return outputs["logits"], outputs["affinity_logits"]
+
+    return Windows(apply, tuple(config.window), config.stride)
 
 
 def _of_same_bands(

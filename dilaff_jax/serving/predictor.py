@@ -24,7 +24,7 @@ from dilaff_jax.errors import UserError
 from dilaff_jax.interop import hub
 from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.runtime.refinement import Use
-from dilaff_jax.serving import foreign, inputs
+from dilaff_jax.serving import foreign, inputs, volume_slabs
 from dilaff_jax.serving.inputs import ImageLike, Seen
 from dilaff_jax.serving.network import Network, from_run
 
@@ -71,7 +71,8 @@ class Result:
         plain: the same without refinement.
         classes: names and colours.
         offsets: of the affinities, `[K, 2]`, in cells of their grid (row, column); None without.
-        affinity_logits: float32 `[h', w', K]` on the affinity head's grid; None without a head.
+        affinity_logits: float32 `[h', w', K]` on the affinity head's grid; None without a head, and
+            of a volume that is too large for them.
         place: of a volume, where it lies; then maps are `[D, H, W]`, the image its middle slice.
     """
 
@@ -81,7 +82,7 @@ class Result:
     classes: Classes
     offsets: np.ndarray | None
     affinity_logits: np.ndarray | None
-    _probs: jax.Array = dataclasses.field(repr=False)
+    _probs: jax.Array | np.ndarray = dataclasses.field(repr=False)
     place: volumes.Place | None = None
 
     @functools.cached_property
@@ -188,6 +189,11 @@ class Predictor:
         if isinstance(image, list | tuple):
             return [self(one, refine=refine) for one in image]
         seen = self.read(image)
+        network = self.network
+        if volume_slabs.are_needed(network, seen.pixels.shape[:-1]) and self.resize == 1:
+            labels, plain, probs = volume_slabs.predict(network, seen.pixels, refine=refine)
+            about = self.classes, network.offsets, None, probs
+            return _where_seen(Result(seen.picture, labels, plain, *about), seen)
         raw = self.infer(seen.pixels)
         change = self.correction(raw) if refine and self.has_affinity else None
         return _where_seen(self.finish(seen.picture, raw, change), seen)
