@@ -177,8 +177,8 @@ class Segmenter(nn.Module):
         Returns:
             float32 arrays or None, each at the stride at which it was made (with `align_corners`:
             at stride 4): `logits` `[B, h, w, C]`, `affinity_logits` `[B, h', w', K]`, `aux_logits`
-            `[B, h", w", C]`, `boundary_logits` two of `[B, h, w, C]`, `deep_logits` some of them,
-            the finest first.
+            `[B, h", w", C]`; and where there is what makes them `boundary_logits`, two of
+            `[B, h, w, C]`, and `deep_logits`, some of them, the finest first.
 
         Raises:
             UserError: `images` have another shape.
@@ -202,13 +202,16 @@ class Segmenter(nn.Module):
         if self.affinity_head is not None:
             affinities = self.affinity_head(x, maps | {"decoder": decoded}, logits, train)
             affinities = affinities.astype(jnp.float32)
-        return {
+        outputs: dict[str, Any] = {
             "logits": logits,
             "affinity_logits": affinities,
             "aux_logits": aux,
-            "boundary_logits": boundaries,
-            "deep_logits": tuple(x.astype(jnp.float32) for x in coarser[0]) if coarser else None,
         }
+        if boundaries is not None:
+            outputs["boundary_logits"] = boundaries
+        if coarser:
+            outputs["deep_logits"] = tuple(x.astype(jnp.float32) for x in coarser[0])
+        return outputs
 
     @property
     def channels(self) -> int:
