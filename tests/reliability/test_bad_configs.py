@@ -191,7 +191,7 @@ CONFIGS = cases(
         "misspelt option of the head",
         {"model.affinity": {"widht": 8}},
         "affinity has no key 'widht' (did you mean 'width'?); allowed: dilations, symmetric, "
-        "stride, sources, width, rates, embedding",
+        "spacing, stride, sources, width, rates, embedding",
     ),
     (
         "frozen statistics that do not exist",
