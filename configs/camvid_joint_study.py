@@ -11,8 +11,8 @@ network is evaluated once, at its end, on the validation split, refined as `conf
 What looks best of so many has to show it again with other seeds (`ablate.seeds`).
 
 Beside forms of the head, weights and schedules, other auxiliary tasks at a like cost: semantic
-boundaries (SBCB), a second cross-entropy on the encoder's features (PSPNet's). docs/findings.md
-says what was found.
+boundaries (SBCB), a second cross-entropy on the encoder's features (PSPNet's). How many seeds a
+difference takes is in docs/findings.md.
 """
 
 from typing import Any

@@ -7,8 +7,9 @@ r"""Hippocampus: does affinity help a three-dimensional U-Net, and more so with 
 
 The network of `hippocampus_unet3d.py` with and without affinity, on all training volumes and on 10,
 20 and 40 of them, five seeds. Nothing is selected: each network is evaluated once, at its end, on
-the test split. The operator of `config.refine` was chosen beforehand, on the validation split and
-with another seed.
+the test split. `config.refine` is the default, whose bias of 0 does harm in volumes: to say
+something of propagation, choose one first by `--mode fit` on the validation split, with another
+seed, and give it (`config.refine`).
 """
 
 from typing import Any
