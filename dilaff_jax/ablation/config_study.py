@@ -17,8 +17,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 
 from dilaff_jax import affinity, metrics, resume, settings
@@ -39,7 +37,7 @@ from dilaff_jax.ablation.operators import IDENTITY, Candidate
 from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
-from dilaff_jax.runtime import cost, locks, preemption, provenance, reporting
+from dilaff_jax.runtime import locks, preemption, provenance, reporting
 
 FORMAT = 1
 _BY_EVALUATIONS = (evaluations.compare, evaluations.table)
@@ -136,7 +134,8 @@ def _row(config: ml_collections.ConfigDict, of: Sequence[arms.Run]) -> dict[str,
     """Figures of one change, over its seeds."""
     ablate, rows, tolerance = config.ablate, config.eval.batch_size, config.eval.tolerance
     outputs = [network_outputs.compute(r, ablate.selection_split) for r in of]
-    networks = _network(of[0].config, outputs[0])
+    source, size = outputs[0].source, outputs[0].size
+    networks = evaluations.network(of[0].config, source.num_classes, size)
     if outputs[0].affinity_logits is None:
         plain = [selection.plain_scores(o, scoring.plain_maps(o, rows), tolerance) for o in outputs]
         return {"plain": _spreads(plain)} | networks
@@ -168,15 +167,6 @@ def configured_candidate(refine: ml_collections.ConfigDict) -> Candidate:
     """The operator of `config.refine`, which a network may have been trained through."""
     options = refine.to_dict()
     return Candidate(options.pop("name"), tuple(options.items()))
-
-
-def _network(config: ml_collections.ConfigDict, outputs: network_outputs.Outputs) -> dict[str, Any]:
-    """What the network costs, at the size of the split's images."""
-    model = segmenter.build(segmenter.config_of_run(config), outputs.source.num_classes)
-    abstract = segmenter.abstract_variables(model)
-    image = jax.ShapeDtypeStruct((1, *outputs.size, model.channels), jnp.uint8)
-    flops = cost.flops(lambda v, x: model.apply(v, x, train=False), abstract, image)
-    return {"parameters": cost.parameters(abstract), "gflop": flops / 1e9}
 
 
 def _spreads(seeds: Sequence[dict[str, float]]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def compare(config: ml_collections.ConfigDict, todo: Sequence[arms.Run]) -> dict
     rows = {name: _figures(runs) for name, runs in by_name.items()}
     differences = {name: _differences(row, rows) for name, row in rows.items()}
     for name, runs in by_name.items():
-        rows[name] |= _network(runs[0].config, source.num_classes)
+        config_of_one = runs[0].config
+        rows[name] |= network(config_of_one, source.num_classes, config_of_one.data.crop_size)
     return summary.rounded(
         {
             "format": FORMAT,
@@ -133,10 +134,12 @@ def _resolution(difference: Mapping[str, Any]) -> dict[str, float] | None:
     return None if std is None else {str(n): statistics.half_width(std, n) for n in SEEDS}
 
 
-def _network(config: ml_collections.ConfigDict, num_classes: int) -> dict[str, Any]:
-    """Parameters, and FLOPs of a forward pass of one training crop."""
+def network(
+    config: ml_collections.ConfigDict, num_classes: int, size: Sequence[int]
+) -> dict[str, Any]:
+    """Parameters of a run's network, and GFLOP of a forward pass of one image of a size."""
     model = segmenter.build(segmenter.config_of_run(config), num_classes)
     abstract = segmenter.abstract_variables(model)
-    image = jax.ShapeDtypeStruct((1, *config.data.crop_size, model.channels), jnp.uint8)
+    image = jax.ShapeDtypeStruct((1, *size, model.channels), jnp.uint8)
     flops = cost.flops(lambda v, x: model.apply(v, x, train=False), abstract, image)
     return {"parameters": cost.parameters(abstract), "gflop": flops / 1e9}

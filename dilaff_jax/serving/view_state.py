@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -153,7 +153,8 @@ class Viewer:
         if not (0 <= row < cells.shape[0] and 0 <= column < cells.shape[1]):
             return []
         own = cells[row, column]
-        places = {tuple(at): (i, j) for (i, j), at in _enumerated(cells)}
+        near = (np.abs(cells - own) <= np.abs(offsets).max()).all(axis=-1)
+        places = {tuple(cells[i, j].tolist()): (i, j) for i, j in np.argwhere(near).tolist()}
         bias = propagate.per_offset(settings.refinement().get("bias", 0.0), offsets)
         a = np.asarray(jax.nn.sigmoid(affinity_logits[(0, *own)] - bias))
         found = []
@@ -225,13 +226,6 @@ class Viewer:
         least = min(picture.spacing[a] for a in left)
         rows, columns = (round(sides[a] * picture.spacing[a] / least) for a in left)
         return rows, columns
-
-
-def _enumerated(cells: np.ndarray) -> Iterator[tuple[tuple[int, int], Sequence[int]]]:
-    """((row, column), coordinates) of each."""
-    for i, row in enumerate(cells.tolist()):
-        for j, at in enumerate(row):
-            yield (i, j), at
 
 
 def figures(result: Result, truth: np.ndarray | None) -> str:

@@ -45,13 +45,13 @@ class _Maps(NamedTuple):
         return _Maps(self.logits[start:stop], self.edges[start:stop])
 
 
-def are_needed(network: Network, size: Sequence[int], limit: int | None = None) -> bool:
-    """Whether a volume's affinities take more than `limit` (LARGE) bytes, and windows are given."""
+def are_needed(network: Network, size: Sequence[int]) -> bool:
+    """Whether a volume's affinities take more than LARGE bytes, and windows are given."""
     if network.windows is None or network.offsets is None:
         return False
     if all(n <= w for n, w in zip(size, network.windows.size, strict=True)):
         return False
-    return 4 * int(np.prod(size)) * len(network.offsets) > (LARGE if limit is None else limit)
+    return 4 * int(np.prod(size)) * len(network.offsets) > LARGE
 
 
 def predict(
@@ -106,7 +106,6 @@ def _averaged(windows: Windows, variables: Any, pixels: np.ndarray) -> Iterator[
         test_time.window_starts(n, w, windows.stride, 1) for n, w in zip(size, window, strict=True)
     ]
     weights = test_time.gaussian(window)
-    program = jax.jit(functools.partial(_of_window, windows.apply))
     sums: list[np.ndarray] | None = None
     total = len(tops[0]) * len(tops[1]) * len(tops[2])
     with tqdm(total=total, desc="windows", leave=False, disable=total < 8) as bar:
@@ -114,7 +113,10 @@ def _averaged(windows: Windows, variables: Any, pixels: np.ndarray) -> Iterator[
             for y, x in itertools.product(*tops[1:]):
                 corner = np.s_[y : y + window[1], x : x + window[2]]
                 own = pixels[top : top + window[0]][:, *corner]
-                parts = [*map(np.asarray, program(variables, own[None], weights)), weights]
+                parts = [
+                    *map(np.asarray, _of_window(windows.apply, variables, own[None], weights)),
+                    weights,
+                ]
                 if sums is None:
                     shape = (window[0], *size[1:])
                     sums = [np.zeros((*shape, p.shape[-1]), np.float32) for p in parts]
@@ -128,6 +130,7 @@ def _averaged(windows: Windows, variables: Any, pixels: np.ndarray) -> Iterator[
             sums = [np.concatenate([s[count:], np.zeros_like(s[:count])]) for s in sums]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _of_window(
     apply: Callable[..., Any], variables: Any, part: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
