@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dilaff_jax.serving.writer import Options
 
 Config: TypeAlias = ml_collections.ConfigDict | None
-Mode: TypeAlias = Callable[[Config, pathlib.Path], object]
+Workdir: TypeAlias = pathlib.Path | str  # the latter of one in a bucket
+Mode: TypeAlias = Callable[[Config, Workdir], object]
 
 TOPOLOGY = flags.DEFINE_string("topology", "auto", "preflight: a TPU slice such as v5e:4x4.")
 INPUT = flags.DEFINE_string(
@@ -155,7 +156,7 @@ def _shipped(argument: str) -> str:
     return argument.replace(str(path), str(installed))
 
 
-def _start(config: Config, workdir: pathlib.Path) -> ml_collections.ConfigDict:
+def _start(config: Config, workdir: Workdir) -> ml_collections.ConfigDict:
     """Joins the other processes of a run, if there are any."""
     if config is None or workdir == pathlib.Path():
         raise app.UsageError(f"--mode {flags.FLAGS.mode} needs --config and --workdir")
@@ -165,7 +166,7 @@ def _start(config: Config, workdir: pathlib.Path) -> ml_collections.ConfigDict:
     return config
 
 
-def train(config: Config, workdir: pathlib.Path) -> None:
+def train(config: Config, workdir: Workdir) -> None:
     """Trains and evaluates; resumes what the workdir holds."""
     config = _start(config, workdir)
     from dilaff_jax import train
@@ -173,7 +174,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     train.train_and_evaluate(config, workdir)
 
 
-def evaluate(config: Config, workdir: pathlib.Path) -> None:
+def evaluate(config: Config, workdir: Workdir) -> None:
     """Evaluates the best state of a run."""
     config = _start(config, workdir)
     from dilaff_jax import evaluate
@@ -181,7 +182,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     evaluate.evaluate_run(config, workdir, _refinement())
 
 
-def ablate(config: Config, workdir: pathlib.Path) -> None:
+def ablate(config: Config, workdir: Workdir) -> None:
     """Compares arms over seeds."""
     config = _start(config, workdir)
     from dilaff_jax.ablation import run
@@ -189,7 +190,7 @@ def ablate(config: Config, workdir: pathlib.Path) -> None:
     run.ablate(config, workdir)
 
 
-def study(config: Config, workdir: pathlib.Path) -> None:
+def study(config: Config, workdir: Workdir) -> None:
     """Compares changes of the config."""
     config = _start(config, workdir)
     from dilaff_jax.ablation import config_study
@@ -197,56 +198,51 @@ def study(config: Config, workdir: pathlib.Path) -> None:
     config_study.study(config, workdir)
 
 
-def preflight(config: Config, workdir: pathlib.Path) -> None:
+def preflight(config: Config, workdir: Workdir) -> None:
     """Compiles for a slice and says what it needs."""
     config = _start(config, workdir)
     from dilaff_jax.preflight import run
+    from dilaff_jax.storage import mirror
 
-    run.run(config, workdir, TOPOLOGY.value)
+    with mirror.written(workdir, "--workdir", kind="results") as folder:
+        run.run(config, folder, TOPOLOGY.value)
 
 
-def predict(config: Config, workdir: pathlib.Path) -> None:
+def predict(config: Config, workdir: Workdir) -> None:
     """Segments files."""
     if not INPUT.value or not OUTPUT.value:
         raise UserError("--mode predict needs --input and --output")
-    from dilaff_jax.runtime import files
     from dilaff_jax.serving import predict_files
+    from dilaff_jax.storage import mirror
 
-    options = _what_to_write()
-    summary = predict_files.predict(
-        load(config, workdir), files.local(INPUT.value, "--input"), options
-    )
+    given = mirror.local(INPUT.value, "--input")
+    with mirror.written(OUTPUT.value, "--output") as output:
+        summary = predict_files.predict(load(config, workdir), given, _what_to_write(output))
     print(summary)
     if not summary.images:
         sys.exit(1)
 
 
-def refine(config: Config, workdir: pathlib.Path) -> None:
+def refine(config: Config, workdir: Workdir) -> None:
     """Refines what another network says of files."""
     if not INPUT.value or not LOGITS.value or not OUTPUT.value:
         raise UserError("--mode refine needs --input, --logits and --output")
-    from dilaff_jax.runtime import files
     from dilaff_jax.serving import refine_files
+    from dilaff_jax.storage import mirror
 
-    truth = files.local(TRUTH.value, "--truth") if TRUTH.value else None
-    summary = refine_files.refine(
-        load(config, workdir),
-        files.local(INPUT.value, "--input"),
-        files.local(LOGITS.value, "--logits"),
-        _what_to_write(),
-        _form(),
-        truth,
-    )
+    truth = mirror.local(TRUTH.value, "--truth") if TRUTH.value else None
+    given = mirror.local(INPUT.value, "--input"), mirror.local(LOGITS.value, "--logits")
+    with mirror.written(OUTPUT.value, "--output") as output:
+        options = _what_to_write(output)
+        summary = refine_files.refine(load(config, workdir), *given, options, _form(), truth)
     print(summary)
 
 
-def _what_to_write() -> "Options":
-    assert OUTPUT.value is not None
-    from dilaff_jax.runtime import files
+def _what_to_write(output: pathlib.Path) -> "Options":
     from dilaff_jax.serving.writer import Options, Propagation
 
     return Options(
-        files.local(OUTPUT.value, "--output"),
+        output,
         cast(Propagation | None, PROPAGATION.value),
         OVERLAYS.value,
         PROBS.value,
@@ -258,19 +254,20 @@ def _what_to_write() -> "Options":
     )
 
 
-def fit(config: Config, workdir: pathlib.Path) -> None:
+def fit(config: Config, workdir: Workdir) -> None:
     """Chooses the refinement on images that were not trained on."""
     if workdir == pathlib.Path():
         raise UserError("--mode fit needs --workdir, a run")
     from dilaff_jax.ablation import fit, foreign_outputs
-    from dilaff_jax.runtime import files
+    from dilaff_jax.storage import mirror
 
-    if not fit.has_inputs(INPUT.value, LOGITS.value, TRUTH.value):
-        fit.fit_run(config, workdir, SPLIT.value, CRITERION.value)
-        return
-    flagged = {"--input": INPUT.value, "--logits": LOGITS.value, "--truth": TRUTH.value}
-    paths = [files.local(value or "", flag) for flag, value in flagged.items()]
-    fit.fit_files(config, workdir, foreign_outputs.Inputs(*paths), _form(), CRITERION.value)
+    with mirror.written(workdir, "--workdir", kind="results") as folder:
+        if not fit.has_inputs(INPUT.value, LOGITS.value, TRUTH.value):
+            fit.fit_run(config, folder, SPLIT.value, CRITERION.value)
+            return
+        flagged = {"--input": INPUT.value, "--logits": LOGITS.value, "--truth": TRUTH.value}
+        paths = [mirror.local(value or "", flag) for flag, value in flagged.items()]
+        fit.fit_files(config, folder, foreign_outputs.Inputs(*paths), _form(), CRITERION.value)
 
 
 def _form() -> "Form":
@@ -280,29 +277,35 @@ def _form() -> "Form":
     return Form(layout, ALIGN_CORNERS.value, CONFIDENCE.value)
 
 
-def view(config: Config, workdir: pathlib.Path) -> None:
+def view(config: Config, workdir: Workdir) -> None:
     """Serves a local page."""
     from dilaff_jax.data import datasets
-    from dilaff_jax.runtime import files
     from dilaff_jax.serving import network, view_page
+    from dilaff_jax.storage import mirror
 
     view_page.check_port(PORT.value)  # before the time that a network takes
     if INPUT.value:
-        viewer = view_page.of_files(load(config, workdir), files.local(INPUT.value, "--input"))
+        viewer = view_page.of_files(load(config, workdir), mirror.local(INPUT.value, "--input"))
     elif workdir == pathlib.Path():
         raise UserError("--mode view needs --workdir, or --model and --input")
     else:
+        workdir = mirror.local(workdir, "--workdir")
         config = network.read_config(workdir) if config is None else config
         source = datasets.load(config.data, config.data.eval_split)
         viewer = view_page.of_source(load(config, workdir, resize=1.0), source)
     view_page.serve(viewer, PORT.value)
 
 
-def doctor(config: Config, workdir: pathlib.Path) -> None:
+def doctor(config: Config, workdir: Workdir) -> None:
     """Says what this machine has, and what is wrong with it."""
     from dilaff_jax.runtime import doctor
+    from dilaff_jax.storage import bucket, mirror
 
-    if not doctor.report(workdir):
+    # What is written to a bucket lies on this machine first.
+    if bucket.is_address(workdir):
+        print(f"{workdir}: {len(bucket.Bucket(str(workdir)).list())} objects")
+        workdir = mirror.cache()
+    if not doctor.report(pathlib.Path(workdir)):
         sys.exit(1)
 
 
@@ -324,7 +327,7 @@ def _refinement() -> "Use":
     return cast("Use", REFINE.value)
 
 
-def load(config: Config, workdir: pathlib.Path, resize: float | None = None) -> "Predictor":
+def load(config: Config, workdir: Workdir, resize: float | None = None) -> "Predictor":
     """The model that --model or --workdir names; `resize` where --resize is not given.
 
     Raises:

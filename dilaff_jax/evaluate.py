@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import checkpoint, files, reporting
 from dilaff_jax.runtime import refinement as refinement_lib
 from dilaff_jax.runtime.parallel import AXIS, Devices, sum_over_processes
+from dilaff_jax.storage import mirror
 
 _RESULTS = "results.json"
 # Of mean IoU, from which on propagation is said to do harm. (Our choice.)
@@ -282,7 +284,7 @@ class Evaluation:
 
 def evaluate_run(
     config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike,
     refinement: refinement_lib.Use = "fitted",
 ) -> Results:
     """Evaluates the best state of a run (the latest, if none was evaluated), prints the table.
@@ -296,8 +298,14 @@ def evaluate_run(
         FileNotFoundError: `workdir` holds no checkpoint.
         UserError: the checkpoint is of another model than `config` describes.
     """
-    workdir = files.local(workdir, "the workdir")
     settings.check(config)
+    with mirror.written(workdir, "the workdir", kind="results") as folder:
+        return _evaluate_run(config, folder, refinement)
+
+
+def _evaluate_run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, refinement: refinement_lib.Use
+) -> Results:
     config = datasets.completed(config)
     devices = Devices.of(config.parallel)
     source = datasets.load(config.data, config.data.eval_split)

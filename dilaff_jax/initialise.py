@@ -17,6 +17,7 @@ from dilaff_jax.models.segmenter import Segmenter
 from dilaff_jax.runtime import checkpoint, files
 from dilaff_jax.schema import Key
 from dilaff_jax.step import TrainState, TrainStep, seed_of
+from dilaff_jax.storage import bucket, mirror
 
 # Images on which the BatchNorm of folded weights is calibrated.
 CALIBRATION_IMAGES = 32
@@ -98,10 +99,12 @@ def fresh(
 def weight_file(name: str) -> pathlib.Path:
     """The path that `config.init.encoder` or `.model` names.
 
-    A file, hf://OWNER/NAME, or a package's function.
+    A file, on a disk or in a bucket, hf://OWNER/NAME, or a package's function.
     """
     if hub.is_address(name):
         return hub.weights(name)
+    if bucket.is_address(name):
+        return mirror.local(name, "config.init")
     if ":" not in name or pathlib.Path(name).exists():
         return pathlib.Path(name)
     files.local(name, "config.init")

@@ -3,6 +3,7 @@
 Installed, the package has it as `dilaff`, too.
 """
 
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +17,10 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, such as configs/shapes_quickstart.py.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, metrics and pictures of this run go; it is resumed."
+    "workdir",
+    None,
+    "Where checkpoints, metrics and pictures of this run go; it is resumed. A folder, gs://... or "
+    "s3://...",
 )
 MODE = flags.DEFINE_enum(
     "mode",
@@ -38,10 +42,13 @@ def main(arguments: Sequence[str]) -> None:
 
     from dilaff_jax.runtime import files
     from dilaff_jax.runtime.preemption import Preempted
+    from dilaff_jax.storage import bucket
 
     try:
-        workdir = files.local(WORKDIR.value or "", "--workdir")
-        if WORKDIR.value:
+        workdir: commands.Workdir = WORKDIR.value or ""
+        if not bucket.is_address(workdir):  # whose copy brings its own cache
+            workdir = files.local(workdir, "--workdir")
+        if isinstance(workdir, pathlib.Path) and WORKDIR.value:
             cache = (workdir / "compilation_cache").absolute()
             jax.config.update("jax_compilation_cache_dir", str(cache))
         commands.MODES[MODE.value](CONFIG.value, workdir)

@@ -1,9 +1,8 @@
 """The training loop, from config and workdir to a trained model: read it top to bottom."""
 
 import contextlib
-import datetime
 import functools
-import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +25,11 @@ from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import AXIS, Devices
 from dilaff_jax.runtime.preemption import Preempted
 from dilaff_jax.step import RunningMetrics, TrainStep, fault_message, seed_of
+from dilaff_jax.storage import mirror
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike
 ) -> evaluate.Results | None:
     """Trains to `config.num_steps`, resuming what `workdir` holds; returns its last evaluation.
 
@@ -44,15 +44,17 @@ def train_and_evaluate(
         Preempted: the process was asked to stop; a checkpoint was written first.
     """
     entered = time.perf_counter()
-    workdir = files.local(workdir, "the workdir")
     settings.check(config)
-    run = _assemble(config, workdir)  # what is wrong with a config shows before anything is written
-    with locks.held(lock_file(workdir)) as mine:
-        if not mine:
-            raise Busy(
-                f"{workdir}: another process trains there; wait for it, or use another workdir"
-            )
-        return _train(run, entered)
+    with mirror.written(workdir, "the workdir", alone=True) as folder:
+        run = _assemble(
+            config, folder
+        )  # what is wrong with a config shows before anything is written
+        with locks.held(lock_file(folder)) as mine:
+            if not mine:
+                raise Busy(
+                    f"{workdir}: another process trains there; wait for it, or use another workdir"
+                )
+            return _train(run, entered)
 
 
 # How often an evaluation is begun that never comes to its end.
@@ -114,7 +116,7 @@ def _train(run: _Run, entered: float) -> evaluate.Results | None:
     save_config(config, workdir, run.train_source)
     resume.record_data(run.train_source, workdir)
     if begin < config.num_steps:
-        _note_start(workdir, begin, changed)
+        provenance.note_start(workdir, begin, changed)
 
     # 2. The program, compiled before the first step, so that its needs are known.
     file = workdir / goodput.FILE if jax.process_index() == 0 else None
@@ -346,23 +348,6 @@ def save_config(
     if jax.process_index() == 0:
         files.write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
         Classes(source.class_names, source.colors).write(workdir)
-
-
-def _note_start(workdir: pathlib.Path, begin: int, changed: Sequence[str]) -> None:
-    """Adds to starts.jsonl what runs from here on: step, commit, versions, hardware, time.
-
-    changed: what is not as it was before `begin`.
-    """
-    if jax.process_index() == 0:
-        about = {
-            "step": begin,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "processes": jax.process_count(),
-            **({"changed": list(changed)} if changed else {}),
-            **provenance.provenance("jaxlib", "flax", "optax", "grain", "numpy"),
-        }
-        with (workdir / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(about) + "\n")
 
 
 def _train_metrics(run: _Run, window: RunningMetrics, at: int) -> dict[str, float]:

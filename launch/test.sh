@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 # shellcheck source=/dev/null
 . .venv/bin/activate
 python -m pip install --quiet --upgrade pip
-python -m pip install --quiet --editable '.[dev,docs,torch,crf,pretrained,preflight,notebooks,report,huggingface,hub,coco,geo,volumes,wandb,mlflow]'
+python -m pip install --quiet --editable '.[dev,docs,torch,crf,pretrained,preflight,notebooks,report,huggingface,hub,coco,geo,volumes,wandb,mlflow,gcs,s3]'
 # One process may otherwise find a TPU plugin and wait for hardware that is not there.
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 ruff format --check .

@@ -12,6 +12,7 @@ With `config.ablate.grid = {}` nothing is selected, see `evaluations`.
 """
 
 import copy
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -38,12 +39,13 @@ from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
 from dilaff_jax.runtime import locks, preemption, provenance, reporting
+from dilaff_jax.storage import mirror
 
 FORMAT = 1
 _BY_EVALUATIONS = (evaluations.compare, evaluations.table)
 
 
-def study(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def study(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains what is not trained, compares, writes and returns `study.json`.
 
     Stopped or started several times at once as `run.ablate`.
@@ -56,12 +58,15 @@ def study(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     if config.ablate.grid:
         ablate_config.check_images(config)
     compare, shown = (_compare, table) if config.ablate.grid else _BY_EVALUATIONS
-    todo = runs(config, workdir)
-    with preemption.stopping_cleanly(workdir) as training:
+    with (
+        mirror.written(workdir, "the workdir", alone=True) as folder,
+        preemption.stopping_cleanly(folder) as training,
+    ):
+        todo = runs(config, folder)
         arms.train_all(todo, training)
-        with locks.held(workdir / "analysis.lock", wait=True):
+        with locks.held(folder / "analysis.lock", wait=True):
             result = compare(config, todo)
-            cache.publish(workdir / "study.json", result)
+            cache.publish(folder / "study.json", result)
     print(shown(result))
     return result
 

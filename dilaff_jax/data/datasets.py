@@ -15,13 +15,12 @@ from absl import logging
 from tqdm import tqdm
 
 import dilaff_jax.data
-from dilaff_jax.data import data_config, folders, images, volumes
+from dilaff_jax.data import data_config, folders, images, location, volumes
 from dilaff_jax.data.bands import Bands, Moments, with_bands
 from dilaff_jax.data.bands import resized as resized_bands
 from dilaff_jax.data.builder import SegmentationBuilder
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import files
 
 _COLOURS, _BYTES = 3, np.dtype(np.uint8)  # of an image without bands
 
@@ -43,14 +42,6 @@ def builder_class(name: str) -> type[SegmentationBuilder]:
     if name not in names():
         raise UserError(f"no data set {name!r}; available: {', '.join(names())}")
     return importlib.import_module(f"dilaff_jax.data.{name}").Builder
-
-
-def directory(dataset: str, data_dir: str | os.PathLike) -> pathlib.Path:
-    """Where `prepare` puts the data set `NAME` or `NAME/CONFIG`: data_dir/NAME[/CONFIG]/VERSION."""
-    name, _, config_name = dataset.partition("/")
-    cls = builder_class(name)
-    folder = files.local(data_dir, "data_dir") / name / (config_name or cls.config_name or "")
-    return folder / str(cls.VERSION)
 
 
 class _Index(NamedTuple):
@@ -222,13 +213,15 @@ def load(config: Any, split: str) -> Source:
 
 def _open(config: Any, builder: type[SegmentationBuilder]) -> Any:
     """The stored data set as a tfds builder."""
-    where = directory(config.dataset, config.data_dir)
-    if not (where / "dataset_info.json").is_file():
+    where = location.directory(builder, config.dataset, config.data_dir)
+    if where is None or not (where / "dataset_info.json").is_file():
         name, _, config_name = config.dataset.partition("/")
-        others = sorted(str(p.parent) for p in where.parent.parent.rglob("dataset_info.json"))
+        wanted = where or location.home(builder, config.dataset, config.data_dir)
+        near = where.parent.parent.rglob("dataset_info.json") if where else ()
+        others = sorted(str(p.parent) for p in near)
         options = f" --name {config_name}" if config_name and not builder.config_name else ""
         raise UserError(
-            f"data set {config.dataset!r} is not prepared in {where}"
+            f"data set {config.dataset!r} is not prepared in {wanted}"
             + (f" (found: {', '.join(others[:5])})" if others else "")
             + f"; run: python -m dilaff_jax.data.prepare --dataset {name}{options}"
             + (" --source DIR" if builder.needs_source else "")

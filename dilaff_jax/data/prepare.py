@@ -30,10 +30,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dilaff_jax.data import contact_sheet, data_config, datasets, source_record
+from dilaff_jax.data import contact_sheet, data_config, datasets, location, source_record
 from dilaff_jax.data.builder import Options, SegmentationBuilder
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import locks
+from dilaff_jax.storage import bucket, mirror
 
 _DATASET = flags.DEFINE_string("dataset", None, "Which data set; see --help of each.")
 _SOURCE = flags.DEFINE_string("source", None, "Folder with the data set's files or archives.")
@@ -56,7 +57,8 @@ def prepare(
 
     Args:
         dataset: `NAME` or `NAME/CONFIG`, as in `config.data.dataset`.
-        data_dir: Where prepared data sets are kept; nothing is written elsewhere.
+        data_dir: Where prepared data sets are kept; nothing is written elsewhere. In a bucket, the
+            data set is prepared on this machine and brought there.
         source: Folder with the data set's files or archives.
         options: The data set's options, of the `Builder`'s `options_type`.
         overwrite: Replace what is there already.
@@ -72,8 +74,14 @@ def prepare(
     cls = datasets.builder_class(name)
     _check_arguments(cls, config_name, source)
     options = options or cls.options_type()
-    target = datasets.directory(dataset, data_dir)
-    with _alone(pathlib.Path(data_dir).expanduser().absolute() / name) as scratch:
+    with (
+        # Of the kind that readers fetch, so that this machine need not.
+        mirror.written(
+            location.home(cls, dataset, data_dir), "data_dir", alone=True, kind="read"
+        ) as root,
+        _alone(root.absolute()) as scratch,
+    ):
+        target = root / str(cls.VERSION)
         if target.exists() and not overwrite:
             _check_same(target, options)
         with _quiet():
@@ -227,15 +235,16 @@ def _report(dataset: str, data_dir: str, target: pathlib.Path) -> None:
         console.print(_histogram(source, *numbers))
         if _INSPECT.value:
             name = f"{dataset.replace('/', '_')}_{split}.png"
-            path = contact_sheet.write(
-                source, pathlib.Path(data_dir).expanduser() / "inspect" / name
-            )
+            beside = "" if bucket.is_address(data_dir) else data_dir
+            sheet = pathlib.Path(beside).expanduser() / "inspect" / name
+            path = contact_sheet.write(source, sheet)
             console.print(f"look at {path}", soft_wrap=True)
     unused: list[str] = metadata.get("unused", [])
     if unused:
         console.print(f"not used: {source_record.listed(unused)}", soft_wrap=True, markup=False)
     hint = f'config.data.dataset = "{dataset}", config.data.data_dir = "{data_dir}"'
-    console.print(f"{builder.name} is ready in {target}: {hint}", soft_wrap=True, markup=False)
+    where = location.home(builder, dataset, data_dir) if bucket.is_address(data_dir) else target
+    console.print(f"{builder.name} is ready in {where}: {hint}", soft_wrap=True, markup=False)
 
 
 def _define_options(cls: type[SegmentationBuilder]) -> None:

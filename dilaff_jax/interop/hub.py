@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import files
+from dilaff_jax.storage import mirror
 
 PREFIX = "hf://"
 # Of a workdir, once; and of a step: the state that is used, and its figures.
@@ -64,8 +64,8 @@ def address(url: str) -> Address:
 
 
 def local(path: str | os.PathLike, what: str) -> pathlib.Path:
-    """As `files.local`, where a run may be on the hub: hf://OWNER/NAME is then fetched."""
-    return download(str(path)) if is_address(path) else files.local(path, what)
+    """As `mirror.local`, where a run may be on the hub, too: hf://OWNER/NAME is then fetched."""
+    return download(str(path)) if is_address(path) else mirror.local(path, what)
 
 
 def download(url: str, folder: pathlib.Path | None = None) -> pathlib.Path:

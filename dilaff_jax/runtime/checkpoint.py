@@ -8,14 +8,13 @@ other weights. So every checkpoint also holds the digest of what was saved, with
 hence written and committed with the rest, and it is compared with what is restored.
 """
 
-import concurrent.futures
 import contextlib
 import itertools
 import json
 import logging as stdlib_logging
 import pathlib
+import secrets
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import files, parameter_names
+from dilaff_jax.runtime import digest, files, parameter_names
 from dilaff_jax.runtime.parallel import Devices
 
 
@@ -58,8 +57,9 @@ class Checkpoints:
         logging.get_absl_logger().addFilter(_OWN_WORDS)
         # Here, because Orbax would only find out at the first save.
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._shared = _seen_by_all(self._directory)
         # Orbax reads all scores before anything else; without its own, `restore` refuses one.
-        _set_aside([file for file, _ in _unreadable_scores(self._directory)])
+        self._set_aside([file for file, _ in _unreadable_scores(self._directory)])
         policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep_latest),
@@ -70,7 +70,10 @@ class Checkpoints:
             files.without_patterns(self._directory),
             item_handlers=_handlers(),
             options=ocp.CheckpointManagerOptions(
-                best_fn=_score, preservation_policy=policy, cleanup_tmp_directories=True
+                best_fn=_score,
+                preservation_policy=policy,
+                cleanup_tmp_directories=True,
+                multiprocessing_options=_processes(self._shared),
             ),
         )
 
@@ -81,10 +84,15 @@ class Checkpoints:
             OSError: this one, or the one before in the background, could not be written.
         """
         position = iterator.get_state()
-        data = {"position": position, "digest": _digest(state, position)}
+        data = {"position": position, "digest": digest.digest(state, position)}
+        if self._shared:
+            state = _to_global(self._devices, state)
+        else:  # process 0 has it all, and alone writes
+            state = jax.device_get(jax.tree.map(digest.whole, state))
+            if jax.process_index() > 0:
+                return
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(_to_global(self._devices, state)),
-            data=ocp.args.JsonSave(data),
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
         )
         with _writing(self._directory):
             self._manager.save(step, args=arguments, force=True)
@@ -101,7 +109,7 @@ class Checkpoints:
                 # In the form in which Orbax keeps them; whole, or not there.
                 part = self._directory / f".score-{step}"
                 shutil.rmtree(part, ignore_errors=True)
-                content = {"score": score, "crc": _crc_of_json(score)}
+                content = {"score": score, "crc": digest.crc_of_json(score)}
                 files.write_text(part / "metrics", json.dumps(content))
                 shutil.rmtree(self._directory / str(step) / "metrics", ignore_errors=True)
                 part.rename(self._directory / str(step) / "metrics")
@@ -136,7 +144,9 @@ class Checkpoints:
                 logging.warning("checkpoint %s cannot be read; trying the one before", failed[-1])
             else:
                 iterator.set_state(position)  # a position in other data is no damage
+                self._check_agreed(step)
                 return step, state
+        self._check_agreed(-1)
         if failed:
             raise OSError(
                 f"no checkpoint can be read: {'; '.join(failed)}. Nothing was changed; move the "
@@ -147,8 +157,29 @@ class Checkpoints:
     def discard_after(self, step: int) -> None:
         """Sets aside what is newer than `step` and could not be read, as NAME.unreadable."""
         newer = [s for s in self._manager.all_steps() if s > step]
-        _set_aside([self._directory / str(s) for s in newer])
+        self._set_aside([self._directory / str(s) for s in newer])
         self._manager.reload()
+
+    def _set_aside(self, paths: list[pathlib.Path]) -> None:
+        """Renames files or folders to NAME.unreadable, for all processes at once."""
+        if jax.process_index() == 0 or not self._shared:
+            for path in paths:
+                names = (f"{path.name}.unreadable{n or ''}" for n in itertools.count())
+                free = (p for p in map(path.with_name, names) if not p.exists())
+                logging.warning("%s is set aside as %s", path, path.rename(next(free)).name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("what cannot be read is set aside")
+
+    def _check_agreed(self, step: int) -> None:
+        """Raises OSError where processes that each have a folder of their own found other steps."""
+        if not self._shared:
+            found = multihost_utils.process_allgather(np.asarray(step)).tolist()
+            if len(set(found)) > 1:
+                raise OSError(
+                    f"{self._directory}: the processes of this run do not see the same folder, and "
+                    f"go on at different steps there ({found}, -1 for none); give a workdir that "
+                    "all see, or one in a bucket"
+                )
 
     def close(self) -> None:
         """Waits, then releases the writer's threads; raises OSError as `save`."""
@@ -165,8 +196,8 @@ class Checkpoints:
             ),
         )
         data, state = restored["data"], _from_global(self._devices, restored["state"])
-        _check(state, data, self._manager.metrics(step), self._directory / str(step))
-        return state, _position(data)
+        digest.check(state, data, self._manager.metrics(step), self._directory / str(step))
+        return state, digest.position_in(data)
 
     def _check_structure(self, step: int, abstract: Any) -> None:
         try:
@@ -251,7 +282,7 @@ def read_variables(
             )
             restored = manager.restore(step, args=arguments)
             state, data = restored["state"], restored["data"]
-            _check(state, data, manager.metrics(step), folder / str(step))
+            digest.check(state, data, manager.metrics(step), folder / str(step))
         except Exception as e:  # whatever the file system or the codec raised
             raise _damaged(folder / str(step), _reason(e)) from e
     variables = parameter_names.averaged(state["params"], state["batch_stats"], state["average"])
@@ -270,6 +301,31 @@ def _from_global(devices: Devices, tree: Any) -> Any:
     if devices.mode != "pmap" or jax.process_count() == 1:
         return tree
     return devices.replicate(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree))
+
+
+def _seen_by_all(directory: pathlib.Path) -> bool:
+    """Whether the processes of this run see one and the same folder; tried with a file."""
+    if jax.process_count() == 1:
+        return True
+    name = multihost_utils.broadcast_one_to_all(np.asarray(secrets.randbits(30)))
+    file = directory / f".seen-{int(name)}"
+    if jax.process_index() == 0:
+        file.touch()
+    multihost_utils.sync_global_devices("a file is there")
+    seen = multihost_utils.process_allgather(np.asarray(file.exists()))
+    if jax.process_index() == 0:
+        file.unlink()
+    return bool(seen.all())
+
+
+def _processes(shared: bool) -> Any:
+    """Orbax's processes that work on a checkpoint together: all, or each for itself."""
+    if shared:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
 
 
 def _handlers() -> dict[str, ocp.CheckpointHandler]:
@@ -295,64 +351,6 @@ def _writing(directory: pathlib.Path) -> Iterator[None]:
         ) from e
 
 
-def _position(data: Mapping[str, Any]) -> Any:
-    """The data's position; without a digest the data item is it."""
-    return data.get("position", data)
-
-
-def _digest(state: Any, position: Any) -> dict[str, str]:
-    """CRC-32 of every array of a state and of the data's position, by name.
-
-    Any change within 32 bits is found, another one but for 1 in 2³². Costs one copy of the state
-    to the host; state on several devices or hosts is the same on all, so each takes its own. What
-    lies in pieces on several hosts is put together on each.
-    """
-
-    def crc(array: Any) -> str:
-        value = np.ascontiguousarray(array)
-        return f"{zlib.crc32(value.reshape(-1).view(np.uint8).data):08x}"
-
-    arrays = parameter_names.named(jax.device_get(jax.tree.map(_whole, state)))
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib leaves the interpreter free
-        sums = dict(zip(arrays, pool.map(crc, arrays.values()), strict=True))
-    return sums | {"data position": _crc_of_json(position)}
-
-
-def _whole(x: Any) -> Any:
-    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-        return x
-    return multihost_utils.process_allgather(x, tiled=True)
-
-
-def _crc_of_json(value: Any) -> str:
-    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
-
-
-def _check(
-    state: Any, data: Mapping[str, Any], metrics: Mapping[str, Any] | None, path: pathlib.Path
-) -> None:
-    """Raises UserError where something is not what was saved; warns if that cannot be known."""
-    if "digest" not in data and "position" not in data:
-        logging.warning(
-            "%s was written without a digest, by an older version: whether its numbers are still "
-            "those that were saved cannot be known",
-            path,
-        )
-        return
-    computed, wanted = _digest(state, _position(data)), dict(data["digest"])
-    score = None if metrics is None else _score(metrics)
-    # Older versions saved the score with the rest, and a score without a sum of its own.
-    if "score" in wanted or (metrics is not None and "crc" in metrics):
-        computed["score"] = _crc_of_json(score)
-        wanted.setdefault("score", (metrics or {}).get("crc"))
-    changed = sorted(k for k in computed.keys() | wanted.keys() if computed.get(k) != wanted.get(k))
-    if changed:
-        raise UserError(
-            f"not what was saved: {', '.join(changed[:3])}"
-            + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        )
-
-
 def _unreadable_scores(directory: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
     """Files with a score that is none, and why."""
     unreadable = []
@@ -364,17 +362,6 @@ def _unreadable_scores(directory: pathlib.Path) -> list[tuple[pathlib.Path, str]
             unreadable.append((file, _reason(e)))
             logging.warning("the score in %s cannot be read (%s)", *unreadable[-1])
     return unreadable
-
-
-def _set_aside(paths: list[pathlib.Path]) -> None:
-    """Renames files or folders to NAME.unreadable, for all processes at once."""
-    if jax.process_index() == 0:
-        for path in paths:
-            names = (f"{path.name}.unreadable{n or ''}" for n in itertools.count())
-            free = (p for p in map(path.with_name, names) if not p.exists())
-            logging.warning("%s is set aside as %s", path, path.rename(next(free)).name)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("what cannot be read is set aside")
 
 
 def _reason(error: Exception) -> str:

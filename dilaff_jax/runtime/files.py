@@ -64,10 +64,14 @@ def local(path: str | os.PathLike, what: str) -> pathlib.Path:
         UserError: it is a URL such as gs://..., which `pathlib` would take for a folder named gs:.
     """
     text = os.fspath(path)
+    if re.match(r"(gs|s3|hf):/[^/]", text):
+        raise UserError(
+            f"{what} is {text!r}, which has lost a slash; give text, not a pathlib.Path"
+        )
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise UserError(
-            f"{what} is {text!r}, and only disks are read and written: mount the bucket (gcsfuse, "
-            "s3fs), or copy it, and give the folder"
+            f"{what} is {text!r}, and here only disks are read and written: give a folder, copied "
+            "or mounted"
         )
     return pathlib.Path(text).expanduser()
 

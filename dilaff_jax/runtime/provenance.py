@@ -1,9 +1,12 @@
 """The record of where and with what a number was made."""
 
+import datetime
+import json
 import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -20,6 +23,28 @@ def provenance(*packages: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "devices": [d.device_kind for d in jax.devices()],
     }
+
+
+def note_start(workdir: pathlib.Path, begin: int, changed: Sequence[str]) -> None:
+    """Adds to starts.jsonl what runs from here on: step, commit, versions, hardware, time.
+
+    Args:
+        workdir: of the run; process 0 writes.
+        begin: the step at which it goes on.
+        changed: what is not as it was before `begin`.
+    """
+    import jax
+
+    if jax.process_index() == 0:
+        about = {
+            "step": begin,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "processes": jax.process_count(),
+            **({"changed": list(changed)} if changed else {}),
+            **provenance("jaxlib", "flax", "optax", "grain", "numpy"),
+        }
+        with (workdir / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(about) + "\n")
 
 
 def _commit() -> str:

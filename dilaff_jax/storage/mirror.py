@@ -1,0 +1,198 @@
+"""A copy on this machine's disk of a folder in a bucket: what runs works on it.
+
+A disk has what a bucket lacks: appending, renaming, locks. So a workdir gs://... is a copy of it,
+fetched first, written to as any folder, and brought to the bucket every few seconds and at the end,
+by a thread that the training does not wait for. While a bucket fails nothing is lost: it is all in
+the copy, and the same command on the same machine goes on from there. What is in the bucket can be
+gone on from at any moment, on any machine:
+
+    A checkpoint, a data set: the file by which it is recognised is brought last and removed first.
+    Checkpoints are looked for before all else is read, so that metrics.jsonl is never older.
+    Who trains, prepares or analyses holds a lease (`storage.lease`).
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import files, locks
+from dilaff_jax.storage import bucket as bucket_lib
+from dilaff_jax.storage.bucket import Bucket
+from dilaff_jax.storage.copy import LEASE, Copy, beside
+from dilaff_jax.storage.lease import Lease, Taken
+
+# Seconds between two looks at what has changed; our choice.
+EVERY = 15.0
+
+
+class Nothing(UserError):  # noqa: N818 - it says what there is
+    """A bucket holds nothing of that name."""
+
+
+def cache() -> pathlib.Path:
+    """Where copies are: $DILAFF_JAX_CACHE, else dilaff_jax in the user's folder for caches."""
+    chosen = os.environ.get("DILAFF_JAX_CACHE")
+    if chosen:
+        return pathlib.Path(chosen).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dilaff_jax"
+
+
+def local(path: str | os.PathLike, what: str) -> pathlib.Path:
+    """A path on a disk, to be read: as `files.local`; of a bucket, a copy that is fetched now.
+
+    Args:
+        path: a folder or a file.
+        what: the name of the option, for messages.
+
+    Raises:
+        UserError: there is nothing, no access, or too little room.
+        OSError: the bucket fails for minutes.
+    """
+    if not bucket_lib.is_address(path):
+        return files.local(path, what)
+    address = os.fspath(path).rstrip("/")
+    found = {n: i for n, i in Bucket(address).list().items() if not LEASE.fullmatch(n)}
+    if not found:
+        raise Nothing(f"{what}: there is nothing at {address}")
+    name = address.rpartition("/")[2]
+    whole = Bucket(address.rpartition("/")[0] if "" in found else address)
+    folder = _folder(whole.address, "read")
+    with locks.held(beside(folder, ".lock"), wait=True):  # once a machine, not once a process
+        copy = Copy(whole, folder, written=False)
+        if "" in found:
+            copy.pull({name: found[""]})
+            return folder / name
+        copy.pull(found)
+    return folder
+
+
+@contextlib.contextmanager
+def written(
+    path: str | os.PathLike, what: str, *, alone: bool = False, kind: str = "work"
+) -> Iterator[pathlib.Path]:
+    """A folder to be written to; of a bucket, a copy that is brought there while this lasts.
+
+    Each process of a run has a copy of its own, and process 0 alone brings back what it has.
+
+    Args:
+        path: of the folder.
+        what: the name of the option, for messages.
+        alone: no other machine may write there; on a disk, whoever writes sees to that.
+        kind: copies of different kinds are used side by side.
+
+    Raises:
+        UserError: no access, too little room, no library for such an address.
+        Taken: another machine writes there, or has taken over.
+        OSError: the bucket fails for minutes: all there is, is in the copy, and goes there when the
+            same is done again.
+    """
+    if not bucket_lib.is_address(path):
+        yield files.local(path, what)
+        return
+    address, index = os.fspath(path), jax.process_index()
+    bucket = Bucket(address)
+    folder = _folder(bucket.address, f"{kind}{index or ''}")
+    with locks.held(beside(folder, ".lock")) as mine:
+        if not mine:
+            raise Taken(f"{path}: another process of this machine works there; wait for it")
+        with _Session(bucket, folder, alone) as session:
+            if index == 0:
+                print(f"{path}: worked on in {folder}", flush=True)
+            if jax.config.values["jax_compilation_cache_dir"] is None:
+                cached = str(folder / "compilation_cache")
+                jax.config.update("jax_compilation_cache_dir", cached)
+            yield folder
+            session.succeeded = True
+
+
+class _Session:
+    """Writing to a copy: fetches first, brings back in the background and at the end."""
+
+    def __init__(self, bucket: Bucket, folder: pathlib.Path, alone: bool) -> None:
+        self._first = jax.process_index() == 0
+        self._copy, self._alone = Copy(bucket, folder, written=self._first), alone
+        self._lease = Lease(bucket, self._copy.owner)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._bring, name="bucket", daemon=True)
+        self.succeeded = False
+
+    def __enter__(self) -> "_Session":
+        failure: Exception | None = None
+        if self._first:
+            try:
+                self._begin()
+            except Exception as error:  # the others must hear of it before it is raised
+                failure = error
+        if jax.process_count() > 1:
+            ready = multihost_utils.broadcast_one_to_all(np.asarray(failure is None))
+            if not ready and failure is None:
+                raise Taken(
+                    f"{self._copy.bucket.address}: process 0 cannot work there; it says why"
+                )
+        if failure is not None:
+            raise failure
+        if not self._first:
+            self._copy.pull()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("every process has its copy of the bucket")
+        if self._first:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        if not self._first:
+            return
+        self._ended.set()
+        self._thread.join()
+        try:
+            self._lease.check()
+            self._copy.push(progress=True)
+            if self._alone:
+                self._lease.release()
+        except (OSError, UserError) as error:
+            kept = f"{error}. All of it is in {self._copy.folder}"
+            if self.succeeded:
+                again = "; the same command on this machine brings it there"
+                raise type(error)(kept + ("" if isinstance(error, Taken) else again)) from error
+            logging.error("%s", kept)  # what ended the work is raised already
+
+    def _begin(self) -> None:
+        copy = self._copy
+        if self._alone and self._lease.take(self._stop) != copy.owner and copy.changed():
+            copy.set_aside()
+        copy.pull()
+        if self._alone:
+            copy.remove_torn()
+
+    def _bring(self) -> None:
+        failed = False
+        while not self._ended.wait(EVERY):
+            try:
+                self._lease.check()
+                self._copy.push()
+                failed = False
+            except Taken:
+                return
+            except (OSError, UserError) as error:  # it is all here; the end says so if it must
+                if not failed:
+                    logging.warning("%s; going on, and trying again", error)
+                failed = True
+
+    def _stop(self) -> None:
+        """The work is not ours any more: as if the machine asked to stop."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _folder(address: str, kind: str) -> pathlib.Path:
+    digest = hashlib.sha256(address.encode()).hexdigest()[:12]
+    return cache() / "buckets" / f"{address.rpartition('/')[2]}-{digest}" / kind
