@@ -34,7 +34,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self._body()
         faults = self.faults
         faults.seen.append(f"{self.command} {self.path}")
-        concerned = faults.only(self.command, self.path)
+        concerned = bool(faults.only(self.command, self.path))
         if concerned and faults.delay:
             time.sleep(faults.delay)
         if concerned and faults.status:

@@ -38,6 +38,9 @@ class _Known(NamedTuple):
     version: str
 
 
+_BEGUN = _Known(-1, -1, "")  # to be brought; they may be alike or not
+
+
 class Copy:
     """A folder of a bucket and one of a disk, and when they were last alike.
 
@@ -121,6 +124,9 @@ class Copy:
         if not new and not gone:
             return
         put: dict[str, tuple[int, int]] = {}
+        for name in new.keys() - self._known.keys():
+            self._known[name] = _BEGUN  # so that it is removed there, should it go here
+        self._save()
         sizes = {n: Item(size, "") for n, (size, _) in new.items()}
         with _bar(f"to {self.bucket.address}", sizes, shown=progress) as advance:
 
@@ -129,8 +135,12 @@ class Copy:
                 advance(name)
 
             try:
-                for marks in (False, True):
-                    self.bucket.put([n for n in new if _is_mark(n) is marks], self.folder, done)
+                rest = [n for n in new if not _is_mark(n)]
+                self.bucket.put(rest, self.folder, done)
+                # No mark where something was removed here meanwhile, in whatever order.
+                torn = {_folder_of(n) for n in rest if n not in put}
+                whole = [n for n in new if _is_mark(n) and _folder_of(n) not in torn]
+                self.bucket.put(whole, self.folder, done)
                 for marks in (True, False):
                     self.bucket.remove(n for n in gone if _is_mark(n) is marks)
             finally:
@@ -178,7 +188,9 @@ class Copy:
         found: dict[str, tuple[int, int]] = {}
         folders = sorted(p for p in self.folder.rglob("checkpoints") if p.is_dir())
         for folder in (*folders, self.folder):
-            for parent, _, names in os.walk(folder):
+            for parent, within, names in os.walk(folder):
+                if folder == self.folder and "checkpoints" in within:
+                    within.remove("checkpoints")  # those that came since are of the next time
                 for path in (pathlib.Path(parent, name) for name in names):
                     name = path.relative_to(self.folder).as_posix()
                     if name in found or self._skipped.fullmatch(name) or path.is_symlink():
@@ -205,6 +217,12 @@ def beside(folder: pathlib.Path, suffix: str) -> pathlib.Path:
 def _state(path: pathlib.Path) -> tuple[int, int]:
     about = path.stat()
     return about.st_size, about.st_mtime_ns
+
+
+def _folder_of(name: str) -> str:
+    """The checkpoint that a file is of; of others, where it lies."""
+    match = _CHECKPOINT.match(name)
+    return match[0] if match else name.rpartition("/")[0]
 
 
 def _is_mark(name: str) -> bool:
