@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: creates it, installs on all its hosts, runs, and goes on after preemption.
 #
-#   bash launch/tpu_vm.sh --name NAME --zone ZONE --type v5litepod-16 --spot --nfs 10.0.0.2:/share \
-#     -- --config configs/NAME.py --workdir /mnt/shared/runs/NAME --config.data.data_dir=/mnt/shared/data
+#   bash launch/tpu_vm.sh --name NAME --zone ZONE --type v5litepod-16 --spot --bucket gs://BUCKET/FOLDER \
+#     -- --config configs/NAME.py
 #
 #   --type TYPE       accelerator type: v4-8, v5litepod-16 (v5e), v5p-8, v6e-16, ...
 #   --spot            spot capacity; what is preempted is requested again, and the run resumes
+#   --bucket gs://B/F where data sets are, F/data, and the run goes, F/runs/NAME; either may be given
+#                     after -- by itself (--config.data.data_dir, --workdir)
 #   --nfs IP:/SHARE   a Filestore share, mounted on every host at /mnt/shared
 #   --setup COMMAND   run on every host before training, such as another mount
 #   --runtime NAME    TPU software version; by default the one for JAX on this type
@@ -14,9 +16,10 @@
 #   --delete          delete the slice after a run that succeeded; without it, it stays and costs
 #   --dry-run         print every command and run none
 #
-# Several hosts need one workdir and data_dir that all see, and a spot slice takes its disks with it:
-# keep both on --nfs or what --setup mounts. What is committed (HEAD) is what runs. The script must
-# keep running: start it inside tmux, on a small VM for long runs. Needs git and the gcloud CLI.
+# Several hosts need one workdir and data_dir for all, and a spot slice takes its disks with it: keep
+# both in a bucket, to which the slice's service account may write, on --nfs, or on what --setup mounts.
+# What is committed (HEAD) is what runs. The script must keep running: start it inside tmux, on a small
+# VM for long runs. Needs git and the gcloud CLI.
 #
 # Read for this (2026): cloud.google.com/tpu/docs/queued-resources (create, states, delete), /spot
 # (preempted slices are deleted and requested again), /runtimes (versions for JAX),
@@ -25,14 +28,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-usage() { sed -n '2,22s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,24s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 die() { echo "tpu_vm.sh: $*" >&2; exit 1; }
 
-name='' zone='' type='' runtime='' nfs='' setup='' dry_run='' delete='' attempts=50
+name='' zone='' type='' runtime='' bucket='' nfs='' setup='' dry_run='' delete='' attempts=50
 tier=() where=()
 while (($#)); do
   case $1 in
-    --name | --zone | --type | --runtime | --nfs | --setup | --attempts)
+    --name | --zone | --type | --runtime | --bucket | --nfs | --setup | --attempts)
       (($# > 1)) || usage
       printf -v "${1#--}" %s "$2" && shift 2 ;;
     --project) (($# > 1)) || usage; where+=("--project=$2") && shift 2 ;;
@@ -46,6 +49,7 @@ done
 [[ -n $name && -n $zone && -n $type && $# -gt 0 && $attempts =~ ^[1-9][0-9]*$ ]] || usage
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "--name $name: want small letters, digits and -"
 [[ -z $nfs || $nfs == *:/* ]] || die "--nfs $nfs: want IP:/SHARE"
+[[ -z $bucket || $bucket == gs://?* ]] || die "--bucket $bucket: want gs://BUCKET or gs://BUCKET/FOLDER"
 where+=("--zone=$zone")
 if [[ -z $runtime ]]; then
   case $type in
@@ -56,7 +60,13 @@ if [[ -z $runtime ]]; then
     *) die "--type $type: no runtime known for it; give --runtime, or use launch/xpk.sh" ;;
   esac
 fi
-[[ -n $nfs$setup ]] || echo "tpu_vm.sh: no --nfs and no --setup: a workdir on the slice's own disks is lost with it" >&2
+if [[ -n $bucket ]]; then
+  bucket=${bucket%/}
+  [[ " $* " == *" --workdir"[=\ ]* ]] || set -- "$@" "--workdir=$bucket/runs/$name"
+  [[ " $* " == *" --config.data.data_dir"[=\ ]* ]] || set -- "$@" "--config.data.data_dir=$bucket/data"
+fi
+[[ -n $nfs$setup || " $* " == *" --workdir"[=\ ]gs://* ]] ||
+  echo "tpu_vm.sh: no --bucket, --nfs or --setup: a workdir on the slice's own disks is lost with it" >&2
 
 # shellcheck source=launch/commands.sh
 . "$root/launch/commands.sh"

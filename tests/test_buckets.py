@@ -71,10 +71,13 @@ def test_any_name_and_size_comes_back(place, tmp_path):
     address, _ = place
     there, here = bucket.Bucket(address), tmp_path / "here"
     rng = random.Random(0)
-    sizes = {"plain": 10, "a/b/c": 1, "empty": 0, "Größe [1] #2 %20?.bin": 300_000, "big": 6 << 20}
+    sizes = {"plain": 10, "a/b/c": 1, "empty": 0, "Größe [1] #2 %20?.bin": 300_000, "big": 40 << 20}
     for name, size in sizes.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_bytes(rng.randbytes(size))
+    for number, end in enumerate((b"\r", b"\r\n", b"\n\n", b"\r\n--==0==", b"--")):
+        (here / f"end-{number}").write_bytes(b"text" + end)
+        sizes[f"end-{number}"] = 4 + len(end)
     bucket.Bucket(address + "2").write("neighbour", b"not ours")
     done = []
     there.put([*sizes, "gone meanwhile"], here, done.append)

@@ -99,6 +99,22 @@ def test_a_tpu_slice_is_requested_installed_and_run_in_this_order():
     assert delete[4:] == ["delete", "r1", "--force", "--quiet", *where]
 
 
+@pytest.mark.parametrize("bucket", ["gs://b", "gs://b/folder/"])
+def test_a_bucket_is_where_data_and_run_are_unless_they_are_given(bucket):
+    said = call("tpu_vm.sh", "--dry-run", *TPU, "--bucket", bucket, "--", "--config", "c.py")
+    assert "is lost with it" not in said.stderr
+    train = dry_run("tpu_vm.sh", *TPU, "--bucket", bucket, "--", "--config", "c.py")[-2]
+    run = shlex.split(train[-2].removeprefix("--command="))
+    root = bucket.rstrip("/")
+    assert f"--workdir={root}/runs/r1" in run
+    assert f"--config.data.data_dir={root}/data" in run
+    own = ("--workdir", "gs://c/w", "--config.data.data_dir=gs://c/d")
+    train = dry_run("tpu_vm.sh", *TPU, "--bucket", bucket, "--", "--config", "c.py", *own)[-2]
+    run = shlex.split(train[-2].removeprefix("--command="))
+    assert [a for a in run if root in a] == []
+    assert call("tpu_vm.sh", *TPU, "--bucket", "b", "--", *RUN, check=False).returncode == 1
+
+
 @pytest.mark.parametrize(
     ("type_", "runtime"),
     [("v4-8", "tpu-ubuntu2204-base"), ("v5p-8", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e")],

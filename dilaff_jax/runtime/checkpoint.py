@@ -73,6 +73,7 @@ class Checkpoints:
                 best_fn=_score,
                 preservation_policy=policy,
                 cleanup_tmp_directories=True,
+                create=False,  # it is there
                 multiprocessing_options=_processes(self._shared),
             ),
         )

@@ -4,9 +4,11 @@ The protocols are those of gcsfs and s3fs. Their own retries last seconds; here 
 for minutes is waited for, and what no waiting mends is said at once.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import errno
+import hashlib
 import importlib
 import logging as stdlib_logging
 import os
@@ -31,6 +33,7 @@ PATIENCE = 300.0
 # Seconds that a connection, and then the next bytes, may take.
 _CONNECT, _READ = 20, 60
 _AT_ONCE = 8  # transfers
+_AT_A_TIME = 32 << 20  # bytes that are sent in one piece, as they are at that moment
 _PASSING = (errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ECONNRESET, errno.EPIPE)
 _T = TypeVar("_T")
 
@@ -109,9 +112,7 @@ class Bucket:
     def create(self, name: str, content: bytes) -> bool:
         """Writes an object that must not be there; of several who do at once, one is told True."""
         try:
-            self._patiently(
-                lambda: self._system.pipe_file(self._path(name), content, mode="create")
-            )
+            self._patiently(lambda: self._write(name, content, only_new=True))
         except FileExistsError:
             # An answer that was lost is asked for again, and then refused: it was ours.
             return self.read(name) == content
@@ -119,7 +120,7 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object, whatever was there."""
-        self._patiently(lambda: self._system.pipe_file(self._path(name), content))
+        self._patiently(lambda: self._write(name, content))
 
     def fetch(self, names: Iterable[str], folder: pathlib.Path, done: Callable[[str], Any]) -> None:
         """Copies objects to files of the same names below `folder`; each replaces what was there.
@@ -148,20 +149,26 @@ class Bucket:
     def put(self, names: Iterable[str], folder: pathlib.Path, done: Callable[[str], Any]) -> None:
         """Copies files below `folder` to objects of the same names; the inverse of `fetch`.
 
-        A file that is gone meanwhile is passed over: `done` is not called for it.
+        A file that is gone meanwhile, or that is large and grows, is passed over: `done` is not
+        called for it.
         """
 
         def one(name: str) -> str | None:
-            with contextlib.suppress(FileNotFoundError):
-                if (folder / name).stat().st_size == 0:  # which gcsfs has another way for
-                    self.write(name, b"")
-                else:
-                    source, target = str(folder / name), self._path(name)
-                    self._patiently(lambda: self._system.put_file(source, target), missing=True)
-                return name
-            if (folder / name).exists():
-                raise UserError(self._no_bucket())
-            return None
+            path = folder / name
+            try:
+                before = path.stat()
+                if before.st_size <= _AT_A_TIME:
+                    self.write(name, path.read_bytes())
+                    return name
+            except FileNotFoundError:
+                return None
+            try:
+                self._patiently(lambda: self._system.put_file(str(path), self._path(name)))
+            except (OSError, UserError):
+                if not path.exists() or path.stat().st_mtime_ns != before.st_mtime_ns:
+                    return None
+                raise
+            return name
 
         self._all(one, names, lambda name: name is not None and done(name))
 
@@ -174,6 +181,28 @@ class Bucket:
             return name
 
         self._all(one, names, lambda name: None)
+
+    def _write(self, name: str, content: bytes, only_new: bool = False) -> None:
+        if self._scheme == "s3" or not content:
+            mode = "create" if only_new else "overwrite"
+            self._system.pipe_file(self._path(name), content, mode=mode)
+            return
+        # Not by gcsfs's pipe_file, which puts what is sent between lines: a content that ends in a
+        # carriage return may lose it.
+        bucket, _, key = self._path(name).partition("/")
+        about = self._system.call(
+            "POST",
+            f"{self._system._location}/upload/storage/v1/b/{bucket}/o",
+            uploadType="media",
+            name=key,
+            headers={"Content-Type": "application/octet-stream"},
+            data=content,
+            json_out=True,
+            **({"ifGenerationMatch": "0"} if only_new else {}),
+        )
+        wanted = base64.b64encode(hashlib.md5(content).digest()).decode()
+        if about["md5Hash"] != wanted:
+            raise OSError(errno.EIO, f"{name} arrived as something else")
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -245,6 +274,7 @@ def _file_system(scheme: str) -> Any:
         import aiohttp
         from gcsfs.core import GCSFileSystem  # gcsfs's other one asks by gRPC, too
 
+        options["consistency"] = "md5"
         options["requests_timeout"] = aiohttp.ClientTimeout(
             total=None, sock_connect=_CONNECT, sock_read=_READ
         )
