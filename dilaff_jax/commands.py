@@ -160,10 +160,15 @@ def _start(config: Config, workdir: Workdir) -> ml_collections.ConfigDict:
     """Joins the other processes of a run, if there are any."""
     if config is None or workdir == pathlib.Path():
         raise app.UsageError(f"--mode {flags.FLAGS.mode} needs --config and --workdir")
+    _join(config)
+    return config
+
+
+def _join(config: Config) -> None:
     from dilaff_jax.runtime import parallel
 
-    parallel.initialize(**{key: config.parallel[key] for key in parallel.PROCESS_KEYS})
-    return config
+    given = {key: config.parallel[key] for key in parallel.PROCESS_KEYS} if config else {}
+    parallel.initialize(**given)
 
 
 def train(config: Config, workdir: Workdir) -> None:
@@ -212,14 +217,17 @@ def predict(config: Config, workdir: Workdir) -> None:
     """Segments files."""
     if not INPUT.value or not OUTPUT.value:
         raise UserError("--mode predict needs --input and --output")
+    _join(config)
+    import jax
+
     from dilaff_jax.serving import predict_files
     from dilaff_jax.storage import mirror
 
     given = mirror.local(INPUT.value, "--input")
-    with mirror.written(OUTPUT.value, "--output") as output:
+    with mirror.written(OUTPUT.value, "--output", each=True) as output:
         summary = predict_files.predict(load(config, workdir), given, _what_to_write(output))
     print(summary)
-    if not summary.images:
+    if not summary.images and (summary.failed or jax.process_count() == 1):
         sys.exit(1)
 
 

@@ -384,7 +384,7 @@ def test_the_same_machine_goes_on_at_once_with_what_was_never_brought(place, tmp
     with mirror.written(address, "--workdir", alone=True) as folder:
         write(folder, a="old", b="old")
     session = mirror._Session(
-        bucket.Bucket(address), folder, alone=True
+        bucket.Bucket(address), folder, alone=True, each=False
     )  # that of a process which is killed
     session.__enter__()
     write(folder, a="new, longer", c="new")

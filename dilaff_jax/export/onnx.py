@@ -26,6 +26,7 @@ from dilaff_jax.errors import MissingPackageError, UserError
 from dilaff_jax.export import stablehlo
 from dilaff_jax.runtime import files
 from dilaff_jax.serving.network import Network, from_run
+from dilaff_jax.storage import mirror
 
 # Primitives that only call: `jax.jit`, and functions with a gradient of their own.
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workdir", type=pathlib.Path, help="of a training")
+    parser.add_argument("workdir", type=mirror.argument, help="of a training")
     parser.add_argument("file", type=pathlib.Path, help="to write")
     parser.add_argument("--size", type=stablehlo.parse_size, required=True, help="HEIGHT,WIDTH")
     parser.add_argument(

@@ -18,6 +18,7 @@ from typing import Any
 from dilaff_jax.errors import MissingPackageError, UserError
 from dilaff_jax.export import stablehlo
 from dilaff_jax.serving.network import Network, from_run
+from dilaff_jax.storage import mirror
 
 
 def write(network: Network, folder: str | os.PathLike) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workdir", type=pathlib.Path, help="of a training")
+    parser.add_argument("workdir", type=mirror.argument, help="of a training")
     parser.add_argument("folder", type=pathlib.Path, help="to write")
     given = parser.parse_args(arguments)
     try:

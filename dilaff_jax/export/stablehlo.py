@@ -32,6 +32,7 @@ from dilaff_jax.numerics import NEVER
 from dilaff_jax.runtime import files
 from dilaff_jax.serving.exported import FORMAT, METADATA, PROGRAM
 from dilaff_jax.serving.network import Network, from_run
+from dilaff_jax.storage import mirror
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of which height and width are tried to be multiples, until the network's shapes are certain.
@@ -256,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workdir", type=pathlib.Path, help="of a training")
+    parser.add_argument("workdir", type=mirror.argument, help="of a training")
     parser.add_argument("file", type=pathlib.Path, help="to write")
     parser.add_argument(
         "--size", type=parse_size, help="HEIGHT,WIDTH, if they are not to stay open"

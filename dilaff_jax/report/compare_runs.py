@@ -15,6 +15,7 @@ import numpy as np
 from dilaff_jax import evaluate
 from dilaff_jax.data import images
 from dilaff_jax.runtime import reporting
+from dilaff_jax.storage import mirror
 
 # Images in the picture, and the least width of it in pixels, up to which small ones are enlarged.
 _SHOWN, _WIDTH = 4, 1200
@@ -79,7 +80,7 @@ def picture(workdir: pathlib.Path) -> np.ndarray:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table, and where the pictures are."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR")
+    parser.add_argument("workdirs", nargs="+", type=mirror.argument, metavar="WORKDIR")
     parser.add_argument("--picture", type=pathlib.Path, metavar="FILE.png")
     options = parser.parse_args(arguments)
     workdirs = options.workdirs

@@ -9,6 +9,7 @@ from typing import Any
 
 from dilaff_jax import evaluate
 from dilaff_jax.runtime import files
+from dilaff_jax.storage import mirror
 
 
 def starts(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def _main_figures(line: dict[str, float | None]) -> dict[str, float | None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("workdir", type=mirror.argument)
     parser.add_argument("file", type=pathlib.Path)
     options = parser.parse_args(arguments)
     try:

@@ -68,6 +68,8 @@ def without_georeference(names: Sequence[str]) -> str:
 def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Summary:
     """Segments a file, or all images and videos below a folder; a broken one stops nothing.
 
+    Of several processes of one run each takes its share of the files, and sums up that.
+
     Raises:
         FileNotFoundError: `source` does not exist.
         UserError: no image or video in it; options that the model cannot fulfil; the output would
@@ -89,20 +91,23 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
         raise UserError(f"temporal propagation was asked for, but {source} holds no video")
     in_tiles = tile_files.InTiles(predictor, options) if options.tile else None
     options.output.mkdir(parents=True, exist_ok=True)
-    write_classes(options.output, predictor.classes)
-    summary = Summary(0, {}, unused(source, options.output, suffixes))
+    first, every = jax.process_index(), jax.process_count()
+    if first == 0:
+        write_classes(options.output, predictor.classes)
+    summary = Summary(0, {}, unused(source, options.output, suffixes) if first == 0 else ())
     stills = by_size({n: p for n, p in files.items() if n not in movies}, predictor.network)
+    stills, clips = stills[first::every], list(movies.items())[first::every]
     if in_tiles is not None:
         summary.unplaced = in_tiles.unplaced
     with Writer(options) as writer:
-        for name, path in tqdm(stills, unit="image", disable=not stills):
+        for name, path in tqdm(stills, unit="image", disable=not stills or first > 0):
             with _reported(path, summary):
                 if in_tiles is not None:
                     in_tiles.predict(name, path)
                 else:
                     writer.put(name, predictor(path, refine=options.propagation != "without"))
                 summary.images += 1
-        for name, path in movies.items():
+        for name, path in clips:
             with _reported(path, summary):
                 _movie(predictor, name, path, options, writer, summary)
     return summary

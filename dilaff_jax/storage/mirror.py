@@ -11,6 +11,7 @@ gone on from at any moment, on any machine:
     Who trains, prepares or analyses holds a lease (`storage.lease`).
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -76,18 +77,32 @@ def local(path: str | os.PathLike, what: str) -> pathlib.Path:
     return folder
 
 
+def argument(text: str) -> pathlib.Path:
+    """`local`, as the type of an argument of `argparse`."""
+    try:
+        return local(text, "the path")
+    except (UserError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 @contextlib.contextmanager
 def written(
-    path: str | os.PathLike, what: str, *, alone: bool = False, kind: str = "work"
+    path: str | os.PathLike,
+    what: str,
+    *,
+    alone: bool = False,
+    each: bool = False,
+    kind: str = "work",
 ) -> Iterator[pathlib.Path]:
     """A folder to be written to; of a bucket, a copy that is brought there while this lasts.
 
-    Each process of a run has a copy of its own, and process 0 alone brings back what it has.
+    Each process of a run has a copy of its own.
 
     Args:
         path: of the folder.
         what: the name of the option, for messages.
         alone: no other machine may write there; on a disk, whoever writes sees to that.
+        each: every process brings what it has, and not process 0 alone.
         kind: copies of different kinds are used side by side.
 
     Raises:
@@ -105,7 +120,7 @@ def written(
     with locks.held(beside(folder, ".lock")) as mine:
         if not mine:
             raise Taken(f"{path}: another process of this machine works there; wait for it")
-        with _Session(bucket, folder, alone) as session:
+        with _Session(bucket, folder, alone, each) as session:
             if index == 0:
                 print(f"{path}: worked on in {folder}", flush=True)
             if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -118,9 +133,10 @@ def written(
 class _Session:
     """Writing to a copy: fetches first, brings back in the background and at the end."""
 
-    def __init__(self, bucket: Bucket, folder: pathlib.Path, alone: bool) -> None:
+    def __init__(self, bucket: Bucket, folder: pathlib.Path, alone: bool, each: bool) -> None:
         self._first = jax.process_index() == 0
-        self._copy, self._alone = Copy(bucket, folder, written=self._first), alone
+        self._brings = self._first or each
+        self._copy, self._alone = Copy(bucket, folder, written=self._brings), alone
         self._lease = Lease(bucket, self._copy.owner)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._bring, name="bucket", daemon=True)
@@ -145,12 +161,12 @@ class _Session:
             self._copy.pull()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("every process has its copy of the bucket")
-        if self._first:
+        if self._brings:
             self._thread.start()
         return self
 
     def __exit__(self, *about: object) -> None:
-        if not self._first:
+        if not self._brings:
             return
         self._ended.set()
         self._thread.join()

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from dilaff_jax.storage import bucket, mirror
-from tests import buckets, conftest, running
+from tests import buckets, conftest, running, tiny_run
 from tests.reliability import runs
 
 LAST = runs.OPTIONS["num_steps"]
@@ -103,6 +103,12 @@ def test_a_run_with_its_data_in_a_bucket_is_the_same(
     assert f"step {LAST}" in output
     results = bucket.Bucket(run).read(f"evaluation/{LAST}/results.json")
     assert results == (unbroken / "evaluation" / str(LAST) / "results.json").read_bytes()
+    export = subprocess.run(
+        [sys.executable, "-m", "dilaff_jax.export", run, str(tmp_path / "model.stablehlo")],
+        cwd=running.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert export.returncode == 0, export.stderr
     files = ("--input=tests/images", f"--output={address}/out", "--propagation=both")
     running.finish(start(data, run, tmp_path / "three", "--mode=predict", *files))
     names = bucket.Bucket(f"{address}/out").list()
@@ -243,3 +249,35 @@ def test_two_processes_in_a_bucket_are_as_two_on_a_disk(place, data_dir, tmp_pat
     )
     pair(*options)  # from the one before, on both
     assert_same(disk, fetched(address, tmp_path, monkeypatch))
+
+
+@pytest.mark.slow
+def test_two_processes_predict_together_what_one_does(place, tmp_path):
+    """Each a share of the files, into one bucket."""
+    address, _ = place
+    workdir = tiny_run.write(tmp_path / "run")
+    files = ("--mode=predict", "--input=tests/images")
+    one = [sys.executable, "-m", "tests.in_bucket", f"--workdir={workdir}", *files]
+    alone = [*one, f"--output={tmp_path / 'alone'}"]
+    subprocess.run(alone, cwd=running.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    common = {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{running.port()}"}
+    processes = [
+        subprocess.Popen(
+            [*one, f"--output={address}/out"], cwd=running.ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={
+                **os.environ, **common, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i),
+                "DILAFF_JAX_CACHE": str(tmp_path / f"machine-{i}"),
+            },
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    outputs = [running.finish(process) for process in processes]
+    assert all("2 images segmented" in output for output in outputs)
+    there = bucket.Bucket(f"{address}/out")
+    expected = {
+        p.relative_to(tmp_path / "alone").as_posix(): p.read_bytes()
+        for p in (tmp_path / "alone").rglob("*")
+        if p.is_file()
+    }
+    assert {name: there.read(name) for name in there.list()} == expected
