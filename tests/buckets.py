@@ -164,6 +164,17 @@ def amazon() -> Iterator[tuple[str, int]]:
 
 
 @contextlib.contextmanager
+def own_place(served: Any, name: str, monkeypatch: Any) -> Iterator[tuple[str, Faults]]:
+    """For one test: an address that no other has, and the proxy's faults, mended at the end."""
+    address, environment, faults = served
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    yield f"{address}/{abs(hash(name)):x}", faults
+    for key, value in vars(Faults()).items():
+        setattr(faults, key, value)
+
+
+@contextlib.contextmanager
 def serving(scheme: str) -> Iterator[tuple[str, dict[str, str], Faults]]:
     """An address in a bucket, the environment in which it is reached, and the proxy's faults."""
     with {"gs": google, "s3": amazon}[scheme]() as (host, port), proxy(host, port) as (url, faults):

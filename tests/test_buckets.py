@@ -26,19 +26,15 @@ def served(request):
 @pytest.fixture
 def place(served, tmp_path, monkeypatch, request):
     """An address of its own, and the proxy's faults; copies are in tmp_path/cache."""
-    address, environment, faults = served
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setenv("DILAFF_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(bucket, "PATIENCE", 20.0)
     monkeypatch.setattr(lease, "SECONDS", 2.0)
-    if address.startswith("gs"):  # gcsfs's own waits are tens of seconds
+    if served[0].startswith("gs"):  # gcsfs's own waits are tens of seconds
         own = types.SimpleNamespace(**vars(asyncio))
         own.sleep = lambda _: asyncio.sleep(0.01)
         monkeypatch.setattr("gcsfs.retry.asyncio", own)
-    yield f"{address}/{abs(hash(request.node.name)):x}", faults
-    for name, value in vars(buckets.Faults()).items():
-        setattr(faults, name, value)
+    with buckets.own_place(served, request.node.name, monkeypatch) as found:
+        yield found
 
 
 def write(folder, **contents):
@@ -389,7 +385,7 @@ def test_the_same_machine_goes_on_at_once_with_what_was_never_brought(place, tmp
     session.__enter__()
     write(folder, a="new, longer", c="new")
     (folder / "b").unlink()
-    session._lease._ended.set()
+    session._lease.stop()
     session._ended.set()
     with mirror.written(address, "--workdir", alone=True) as folder:
         assert tree(folder) == {"a": b"new, longer", "c": b"new"}
@@ -413,6 +409,23 @@ def test_a_bucket_that_is_away_at_the_end_costs_nothing(place, monkeypatch):
     with mirror.written(address, "--workdir", alone=True) as folder:
         assert tree(folder) == {"a": b"kept"}
     assert objects(address) == {"a": b"kept"}
+
+
+def test_who_cannot_begin_gives_the_lease_back(place, tmp_path, monkeypatch):
+    address, _ = place
+    bucket.Bucket(address).write("a", b"some bytes")
+    with monkeypatch.context() as patch:
+        full = types.SimpleNamespace(free=3, total=3, used=0)
+        patch.setattr(copy.shutil, "disk_usage", lambda _: full)
+        with (
+            pytest.raises(errors.UserError, match="set DILAFF_JAX_CACHE"),
+            mirror.written(address, "--workdir", alone=True),
+        ):
+            pass
+    on_another_machine(monkeypatch, tmp_path, "second")
+    monkeypatch.setattr(lease, "SECONDS", 1e6)  # nobody waits
+    with mirror.written(address, "--workdir", alone=True) as folder:
+        assert tree(folder) == {"a": b"some bytes"}
 
 
 def test_what_ended_the_work_is_not_hidden_by_a_bucket_that_is_away(place, monkeypatch):

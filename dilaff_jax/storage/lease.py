@@ -79,11 +79,15 @@ class Lease:
                 "here since is in the copy alone"
             )
 
-    def release(self) -> None:
-        """Ends the lease; the next need not wait."""
+    def stop(self) -> None:
+        """Renews it no more; without `release` before, the next waits for it to end by itself."""
         self._ended.set()
         if self._thread.ident:
             self._thread.join()
+
+    def release(self) -> None:
+        """Ends the lease; the next need not wait."""
+        self.stop()
         if self._name and not self._lost and not self._successor(self._bucket):
             self._bucket.write(self._name, self._text(ended=True))
 

@@ -181,14 +181,24 @@ class _Session:
                 again = "; the same command on this machine brings it there"
                 raise type(error)(kept + ("" if isinstance(error, Taken) else again)) from error
             logging.error("%s", kept)  # what ended the work is raised already
+        finally:
+            self._lease.stop()
 
     def _begin(self) -> None:
         copy = self._copy
-        if self._alone and self._lease.take(self._stop) != copy.owner and copy.changed():
-            copy.set_aside()
-        copy.pull()
-        if self._alone:
+        if not self._alone:
+            copy.pull()
+            return
+        before = self._lease.take(self._stop)
+        try:
+            if before != copy.owner and copy.changed():
+                copy.set_aside()
+            copy.pull()
             copy.remove_torn()
+        except BaseException:
+            with contextlib.suppress(OSError, UserError):
+                self._lease.release()
+            raise
 
     def _bring(self) -> None:
         failed = False

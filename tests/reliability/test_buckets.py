@@ -30,14 +30,9 @@ def served(request):
 
 
 @pytest.fixture
-def place(served, tmp_path, monkeypatch, request):
-    """An address of its own, and the proxy's faults."""
-    address, environment, faults = served
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    yield f"{address}/{abs(hash(request.node.nodeid)):x}", faults
-    for name, value in vars(buckets.Faults()).items():
-        setattr(faults, name, value)
+def place(served, monkeypatch, request):
+    with buckets.own_place(served, request.node.nodeid, monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
