@@ -203,6 +203,14 @@ def test_a_folder_that_is_read_follows_the_bucket(place, tmp_path, monkeypatch):
     assert tree(mirror.local(address, "--input")) == objects(address)
     assert not (folder / "b").exists()
 
+    # Files of one folder that are read one by one do not disturb one another, nor the folder.
+    there.write("b/d.txt", b"d")
+    whole = mirror.local(address, "--input")
+    first, second = (mirror.local(f"{address}/{n}", "x") for n in ("a.txt", "b/d.txt"))
+    assert (first.read_bytes(), second.read_bytes()) == (b"new", b"d")
+    assert tree(whole) == objects(address)
+    assert first.name == "a.txt", "a suffix tells what a file is"
+
     with pytest.raises(mirror.Nothing, match="--input: there is nothing at"):
         mirror.local(address + "/nothing", "--input")
     monkeypatch.setattr(
@@ -211,6 +219,33 @@ def test_a_folder_that_is_read_follows_the_bucket(place, tmp_path, monkeypatch):
     there.write("a.txt", b"more than that")
     with pytest.raises(errors.UserError, match="set DILAFF_JAX_CACHE to a folder on a larger one"):
         mirror.local(address, "--input")
+
+
+@pytest.mark.parametrize("name", ["../outside", "b//c", "b/../../outside", "./d"])
+def test_a_name_that_would_lie_elsewhere_is_refused(name, place, tmp_path):
+    address, _ = place
+    found = {f"bucket/x/{name}": {"type": "file", "size": 1, "generation": "1"}}
+    there = bucket.Bucket(address)
+    there._root = "bucket/x"
+    there._system = types.SimpleNamespace(find=lambda *_, **__: found)
+    with pytest.raises(errors.UserError, match="which no file can be called; rename it"):
+        there.list()
+
+
+def test_a_store_that_ignores_the_condition_is_noticed(place, tmp_path, monkeypatch):
+    """Another writes the same term: who finds it stops."""
+    address, _ = place
+    stopped = []
+    monkeypatch.setattr(mirror.os, "kill", lambda *about: stopped.append(about))
+
+    def work():
+        with mirror.written(address, "--workdir", alone=True):
+            other = json.dumps({"owner": "another", "by": "another machine", "ended": False})
+            bucket.Bucket(address).write(".lease/00000001", other.encode())
+            wait(lambda: stopped)
+
+    with pytest.raises(lease.Taken, match="another machine has taken it over"):
+        work()
 
 
 def test_a_path_on_a_disk_is_itself(tmp_path):

@@ -83,10 +83,13 @@ class Bucket:
             ) from e
         self._system = _file_system(self._scheme)
 
-    def list(self, within: str = "") -> dict[str, Item]:
+    def list(self, within: str = "", *, patience: float | None = None) -> dict[str, Item]:
         """All objects below the folder (or below `within` in it), by name relative to the folder.
 
         The object that has the folder's own name, where the address is of one, is "".
+
+        Raises:
+            UserError: a name that no file can have, or that would lie outside of a copy.
         """
         folder = f"{self._root}/{within}" if within else self._root
 
@@ -96,12 +99,17 @@ class Bucket:
                 raise FileNotFoundError(folder)
             return found
 
-        found = self._patiently(ask)
-        return {
-            name[len(self._root) :].lstrip("/"): Item(int(about["size"]), _version(about))
-            for name, about in found.items()
-            if about["type"] == "file" and not name.endswith("/")
-        }
+        result = {}
+        for whole, about in self._patiently(ask, patience=patience).items():
+            if about["type"] == "file" and not whole.endswith("/"):
+                name = whole[len(self._root) :].removeprefix("/")
+                if name and not {"", ".", ".."}.isdisjoint(name.split("/")):
+                    raise UserError(
+                        f"{self.address} holds an object named {name!r}, which no file can be "
+                        "called; rename it"
+                    )
+                result[name] = Item(int(about["size"]), _version(about))
+        return result
 
     def read(self, name: str) -> bytes | None:
         """The content of an object, None where there is none."""
@@ -220,13 +228,17 @@ class Bucket:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _patiently(self, call: Callable[[], _T], *, missing: bool = False) -> _T:
+    def _patiently(
+        self, call: Callable[[], _T], *, missing: bool = False, patience: float | None = None
+    ) -> _T:
         """What `call` returns, asked again while the bucket fails.
 
         Args:
             call: may be called many times.
             missing: raise FileNotFoundError, for a caller that knows what it means.
+            patience: by default the bucket's.
         """
+        patience = self._patience if patience is None else patience
         begun, wait, said = time.monotonic(), 1.0, False
         while True:
             try:
@@ -241,7 +253,7 @@ class Bucket:
                 if not _passes(error):
                     raise self._refused(error) from error
                 lasted = time.monotonic() - begun
-                if lasted + wait > self._patience:
+                if lasted + wait > patience:
                     raise Unreachable(
                         f"{self.address} failed for {lasted:.0f} s ({_line(error)}); run again "
                         "when it is back"

@@ -174,7 +174,7 @@ class Copy:
     def _note(self, put: dict[str, tuple[int, int]], gone: list[str]) -> None:
         """Remembers what was brought, and its versions there; what is not is brought again."""
         with contextlib.suppress(OSError, UserError):
-            there = Bucket(self.bucket.address, patience=0).list()
+            there = self.bucket.list(patience=0)
             for name in gone:
                 if name not in there:
                     self._known.pop(name, None)

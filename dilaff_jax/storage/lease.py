@@ -17,7 +17,7 @@ from collections.abc import Callable
 from absl import logging
 
 from dilaff_jax.errors import UserError
-from dilaff_jax.storage.bucket import Bucket, Unreachable
+from dilaff_jax.storage.bucket import Bucket
 
 # Seconds without a sign of life after which a holder is taken to be gone; our choice.
 SECONDS = 60.0
@@ -58,7 +58,7 @@ class Lease:
             Taken: another machine holds it, and lives.
         """
         terms = sorted(self._bucket.list(_FOLDER))
-        before = self._content(terms[-1]) if terms else {}
+        before = self._content(self._bucket, terms[-1]) if terms else {}
         if before.get("owner") != self._owner and not before.get("ended", True):
             self._watch(terms[-1], before)
         last = int(terms[-1].rpartition("/")[2]) if terms else 0
@@ -111,21 +111,25 @@ class Lease:
         while not self._ended.wait(SECONDS / 4):
             try:
                 later = self._successor(self._quick)
+                # A store that makes what is there all the same has let another in beside us.
+                own = self._content(self._quick, self._name)
+                if not later and own.get("owner", self._owner) != self._owner:
+                    later = self._name
                 if later:
-                    self._lost = str(self._content(later).get("by"))
+                    self._lost = str(self._content(self._quick, later).get("by"))
                     self._on_loss()
                     return
                 self._quick.write(self._name, self._text(ended=False))
-            except (Unreachable, OSError, UserError) as error:
+            except Exception as error:  # whatever it is, the next time may be better
                 logging.debug("the lease was not renewed: %s", error)
 
     def _successor(self, bucket: Bucket) -> str | None:
         later = [name for name in bucket.list(_FOLDER) if name > self._name]
         return max(later, default=None)
 
-    def _content(self, name: str) -> dict:
+    def _content(self, bucket: Bucket, name: str) -> dict:
         try:
-            return dict(json.loads(self._bucket.read(name) or b"{}"))
+            return dict(json.loads(bucket.read(name) or b"{}"))
         except ValueError:
             return {}  # of a writer that is unknown here; it is not renewed in our form either
 

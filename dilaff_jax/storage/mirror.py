@@ -67,7 +67,7 @@ def local(path: str | os.PathLike, what: str) -> pathlib.Path:
         raise Nothing(f"{what}: there is nothing at {address}")
     name = address.rpartition("/")[2]
     whole = Bucket(address.rpartition("/")[0] if "" in found else address)
-    folder = _folder(whole.address, "read")
+    folder = _folder(address, "read")
     with locks.held(beside(folder, ".lock"), wait=True):  # once a machine, not once a process
         copy = Copy(whole, folder, written=False)
         if "" in found:
@@ -209,7 +209,7 @@ class _Session:
                 failed = False
             except Taken:
                 return
-            except (OSError, UserError) as error:  # it is all here; the end says so if it must
+            except Exception as error:  # it is all here; the end says so if it must
                 if not failed:
                     logging.warning("%s; going on, and trying again", error)
                 failed = True
