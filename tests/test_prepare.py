@@ -258,8 +258,8 @@ def test_a_failed_overwrite_keeps_what_was_there(tmp_path):
 
 def test_two_at_once_are_refused(tmp_path):
     image_folder(tmp_path / "in")
-    target = prepare_folder(tmp_path)
-    with open(target.parent / ".lock", "w") as lock:
+    (tmp_path / "out/image_folder").mkdir(parents=True)
+    with open(tmp_path / "out/image_folder/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another process is preparing this"):
             prepare_folder(tmp_path)

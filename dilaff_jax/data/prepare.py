@@ -79,7 +79,10 @@ def prepare(
         mirror.written(
             location.home(cls, dataset, data_dir), "data_dir", alone=True, kind="read"
         ) as root,
-        _alone(root.absolute()) as scratch,
+        # Beside the folder of a config, so that one that could not be prepared leaves none.
+        _alone(
+            root.absolute().parent if config_name or cls.config_name else root.absolute()
+        ) as scratch,
     ):
         target = root / str(cls.VERSION)
         if target.exists() and not overwrite:

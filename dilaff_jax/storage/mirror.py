@@ -20,10 +20,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import files, locks
@@ -114,6 +112,8 @@ def written(
     if not bucket_lib.is_address(path):
         yield files.local(path, what)
         return
+    import jax  # which preparing a data set on a disk does without
+
     address, index = os.fspath(path), jax.process_index()
     bucket = Bucket(address)
     folder = _folder(bucket.address, f"{kind}{index or ''}")
@@ -134,7 +134,9 @@ class _Session:
     """Writing to a copy: fetches first, brings back in the background and at the end."""
 
     def __init__(self, bucket: Bucket, folder: pathlib.Path, alone: bool, each: bool) -> None:
-        self._first = jax.process_index() == 0
+        import jax
+
+        self._first, self._many = jax.process_index() == 0, jax.process_count() > 1
         self._brings = self._first or each
         self._copy, self._alone = Copy(bucket, folder, written=self._brings), alone
         self._lease = Lease(bucket, self._copy.owner)
@@ -143,13 +145,15 @@ class _Session:
         self.succeeded = False
 
     def __enter__(self) -> "_Session":
+        from jax.experimental import multihost_utils
+
         failure: Exception | None = None
         if self._first:
             try:
                 self._begin()
             except Exception as error:  # the others must hear of it before it is raised
                 failure = error
-        if jax.process_count() > 1:
+        if self._many:
             ready = multihost_utils.broadcast_one_to_all(np.asarray(failure is None))
             if not ready and failure is None:
                 raise Taken(
@@ -159,7 +163,7 @@ class _Session:
             raise failure
         if not self._first:
             self._copy.pull()
-        if jax.process_count() > 1:
+        if self._many:
             multihost_utils.sync_global_devices("every process has its copy of the bucket")
         if self._brings:
             self._thread.start()
