@@ -46,9 +46,8 @@ def train_and_evaluate(
     entered = time.perf_counter()
     settings.check(config)
     with mirror.written(workdir, "the workdir", alone=True) as folder:
-        run = _assemble(
-            config, folder
-        )  # what is wrong with a config shows before anything is written
+        # First: what is wrong with a config shows before the run writes anything.
+        run = _assemble(config, folder)
         with locks.held(lock_file(folder)) as mine:
             if not mine:
                 raise Busy(

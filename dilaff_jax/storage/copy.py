@@ -67,9 +67,7 @@ class Copy:
 
     def changed(self) -> list[str]:
         """Files that were written or removed here since both were alike."""
-        here = self._here()
-        names = {n for n, known in self._known.items() if here.get(n) != known[:2]}
-        return sorted(names | (here.keys() - self._known.keys()))
+        return sorted(self._changed(self._here()))
 
     def pull(self, there: dict[str, Item] | None = None) -> None:
         """Fetches what has changed in the bucket; what has changed here stays, if it is written.
@@ -79,7 +77,8 @@ class Copy:
         """
         there = self.bucket.list() if there is None else there
         there = {n: item for n, item in _whole(there).items() if not self._skipped.fullmatch(n)}
-        changed, here = set(self.changed()), self._here()
+        here = self._here()
+        changed = self._changed(here)
         keep = changed if self._written else set()
         for name in (self._known.keys() | here.keys()) - there.keys() - keep:
             (self.folder / name).unlink(missing_ok=True)
@@ -119,10 +118,11 @@ class Copy:
             progress: shows a bar where it is much.
         """
         here = self._here()
-        new = {n: s for n, s in here.items() if n not in self._known or self._known[n][:2] != s}
-        gone = [n for n in self._known if n not in here]
-        if not new and not gone:
+        changed = self._changed(here)
+        if not changed:
             return
+        new = {n: here[n] for n in here if n in changed}
+        gone = [n for n in changed if n not in here]
         put: dict[str, tuple[int, int]] = {}
         for name in new.keys() - self._known.keys():
             self._known[name] = _BEGUN  # so that it is removed there, should it go here
@@ -159,14 +159,20 @@ class Copy:
         self._known = {}
         self._save()
 
-    def remove_torn(self) -> None:
+    def remove_torn(self, there: dict[str, Item]) -> None:
         """Removes checkpoints from the bucket that were not brought there whole, and are not here.
 
         Only for who is alone.
+
+        Args:
+            there: what the bucket holds.
         """
-        there = self.bucket.list()
         torn = there.keys() - _whole(there).keys()
         self.bucket.remove(n for n in torn if not (self.folder / n).exists())
+
+    def _changed(self, here: dict[str, tuple[int, int]]) -> set[str]:
+        names = here.keys() | self._known.keys()
+        return {n for n in names if n not in self._known or here.get(n) != self._known[n][:2]}
 
     def _version(self, name: str) -> str | None:
         return self._known[name].version if name in self._known else None

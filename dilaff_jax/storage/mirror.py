@@ -197,8 +197,9 @@ class _Session:
         try:
             if before != copy.owner and copy.changed():
                 copy.set_aside()
-            copy.pull()
-            copy.remove_torn()
+            there = copy.bucket.list()
+            copy.pull(there)
+            copy.remove_torn(there)
         except BaseException:
             with contextlib.suppress(OSError, UserError):
                 self._lease.release()
