@@ -4,7 +4,14 @@ import tempfile
 
 import pytest
 
+from tests.reliability import runs
 from tests.reliability.place import Place
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """The data of `runs`, prepared once a module."""
+    return runs.data(tmp_path_factory)
 
 
 @pytest.fixture

@@ -36,11 +36,6 @@ def place(served, monkeypatch, request):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return runs.data(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def unbroken(data_dir, tmp_path_factory):
     """A run on a disk, from start to end."""
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"

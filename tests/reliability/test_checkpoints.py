@@ -238,11 +238,6 @@ def test_the_last_good_one_stays_whatever_lies_beside_it(workdir, warnings):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return runs.data(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def unbroken(data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"
     train.train_and_evaluate(runs.configure(make_config(data_dir)), workdir)

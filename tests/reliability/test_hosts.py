@@ -15,11 +15,6 @@ from tests.running import assert_same_numbers, lines, make_config, pair
 HEARTBEAT, BOUND = 20, 900
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return runs.data(tmp_path_factory)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dies", "says"),

@@ -37,11 +37,6 @@ def run(data_dir, workdir, **changes):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return runs.data(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def unbroken(data_dir, tmp_path_factory):
     """A run from start to end, in a process of its own, which also fills the compilation cache."""
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"

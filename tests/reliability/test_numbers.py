@@ -14,11 +14,6 @@ from tests.running import lines, make_config, saved
 AT = 5  # counted from 1; checkpoints are of steps 3, 6, ...
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return runs.data(tmp_path_factory)
-
-
 def poison(value, at, bad):
     """`value`, with its first number `bad` in step AT."""
     where = (at == AT - 1) & (jnp.arange(value.size).reshape(value.shape) == 0)

@@ -24,11 +24,6 @@ STEPS = 2000
 MOST_BYTES_A_STEP = 8192
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return runs.data(tmp_path_factory)
-
-
 def resident_bytes():
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
