@@ -32,6 +32,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self._body()
+        if body is None:  # who sent it was killed; a server does nothing then
+            self.close_connection = True
+            return
         faults = self.faults
         faults.seen.append(f"{self.command} {self.path}")
         concerned = bool(faults.only(self.command, self.path))
@@ -83,16 +86,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             connection.close()
             yield free
 
-    def _body(self) -> bytes:
+    def _body(self) -> bytes | None:
+        """The content of a request; None where it breaks off."""
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
+            while size := int(self.rfile.readline().split(b";")[0] or b"-1", 16):
+                parts.append(self.rfile.read(max(size, 0)))
+                if len(parts[-1]) != size or not self.rfile.readline():
+                    return None
             self.rfile.readline()
             content = b"".join(parts)
         else:
-            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            size = int(self.headers.get("Content-Length") or 0)
+            content = self.rfile.read(size)
+            if len(content) != size:
+                return None
         self._text = content[:4096].decode("latin-1")
         return content
 

@@ -1,10 +1,13 @@
 """Buckets of both protocols: what is written there, read from there, and who may."""
 
 import asyncio
+import errno
 import importlib
 import itertools
 import json
+import os
 import random
+import shutil
 import threading
 import types
 
@@ -342,19 +345,50 @@ def test_metrics_are_never_older_than_a_checkpoint(place, tmp_path):
     assert newest == sorted(set(newest)), "the writer was at work meanwhile"
 
 
-def test_a_checkpoint_that_goes_while_it_is_brought_gets_no_mark(place, tmp_path):
+def checkpoint_of_many_files(folder):
+    write(folder, **{f"checkpoints__3__state__{i:02}": "x" for i in range(30)})
+    write(folder, checkpoints__3___CHECKPOINT_METADATA="{}")
+    return folder / "checkpoints/3"
+
+
+def test_a_checkpoint_that_goes_while_it_is_brought_is_there_whole(place, tmp_path):
+    """Else, where a line is slower than a run saves, none would ever be there."""
     address, faults = place
     ours = copy.Copy(bucket.Bucket(address), tmp_path / "x", written=True)
-    write(ours.folder, **{f"checkpoints__3__state__{i:02}": "x" for i in range(30)})
-    write(ours.folder, checkpoints__3___CHECKPOINT_METADATA="{}")
-    gone = ours.folder / "checkpoints/3/state/29"
-    faults.only = lambda method, path: gone.unlink(missing_ok=True)
+    checkpoint = checkpoint_of_many_files(ours.folder)
+    faults.only = lambda method, path: shutil.rmtree(checkpoint, ignore_errors=True)
     ours.push()
-    assert "checkpoints/3/state/00" in objects(address)
-    assert "checkpoints/3/_CHECKPOINT_METADATA" not in objects(address)
+    assert not checkpoint.exists()
+    assert len(objects(address)) == 31
     faults.only = lambda method, path: True
+    ours.push()
+    assert not objects(address), "it went here"
+    assert not ours._holding.exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_checkpoint_that_is_going_when_it_is_to_be_brought_gets_no_mark(
+    links, place, tmp_path, monkeypatch
+):
+    address, _ = place
+    ours = copy.Copy(bucket.Bucket(address), tmp_path / "x", written=True)
+    checkpoint_of_many_files(ours.folder)
+    link, seen = os.link, []
+
+    def going(source, target):
+        if source.parent.name == "state":
+            seen.append(source)
+        if len(seen) == 5:
+            seen[-1].unlink(missing_ok=True)
+        if not links:
+            raise OSError(errno.EPERM, "this disk has no links")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", going)
+    ours.push()
+    assert not objects(address)
     ours.push()  # of what there is now
-    assert "checkpoints/3/_CHECKPOINT_METADATA" in objects(address)
+    assert len(objects(address)) == 30
 
 
 # Who may.

@@ -40,8 +40,23 @@ def gradient(model: nn.Module) -> Callable[[Any, jax.Array], Any]:
 
 
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """Of the program before a backend changes it."""
-    analysis: Any = jax.jit(function).lower(*arguments).cost_analysis()
+    """Of the program before a backend changes it, the same on every machine.
+
+    Counted by JAX's CPU, as GPUs count no program that is not compiled; where JAX was told to do
+    without (JAX_PLATFORMS=cuda), of the compiled one.
+
+    Args:
+        function: what is counted.
+        arguments: arrays, or their shapes and dtypes.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = None
+    with jax.default_device(device):
+        lowered = jax.jit(function).lower(*shapes)
+        analysis: Any = lowered.cost_analysis() or lowered.compile().cost_analysis()
     return float(analysis["flops"])
 
 

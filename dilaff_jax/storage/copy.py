@@ -54,7 +54,7 @@ class Copy:
         self.bucket, self.folder = bucket, folder
         self._written, self._skipped = written, _PRIVATE if written else LEASE
         folder.mkdir(parents=True, exist_ok=True)
-        self._record = beside(folder, ".json")
+        self._record, self._holding = beside(folder, ".json"), beside(folder, ".held")
         content: dict[str, Any] = {"owner": uuid.uuid4().hex, "files": {}, "fetching": []}
         if self._record.exists():
             content = json.loads(self._record.read_text())
@@ -135,16 +135,45 @@ class Copy:
                 advance(name)
 
             try:
-                rest = [n for n in new if not _is_mark(n)]
-                self.bucket.put(rest, self.folder, done)
-                # No mark where something was removed here meanwhile, in whatever order.
-                torn = {_folder_of(n) for n in rest if n not in put}
-                whole = [n for n in new if _is_mark(n) and _folder_of(n) not in torn]
-                self.bucket.put(whole, self.folder, done)
+                held = self._hold(new)
+                for names, folder in (
+                    ([n for n in new if not _CHECKPOINT.match(n)], self.folder),
+                    (held, self._holding),
+                ):
+                    rest = [n for n in names if not _is_mark(n)]
+                    self.bucket.put(rest, folder, done)
+                    # No mark where something was removed here meanwhile, in whatever order.
+                    torn = {_folder_of(n) for n in rest if n not in put}
+                    whole = [n for n in names if _is_mark(n) and _folder_of(n) not in torn]
+                    self.bucket.put(whole, folder, done)
                 for marks in (True, False):
                     self.bucket.remove(n for n in gone if _is_mark(n) is marks)
             finally:
+                shutil.rmtree(self._holding, ignore_errors=True)
                 self._note(put, gone)
+
+    def _hold(self, names: Iterable[str]) -> list[str]:
+        """Links the files of checkpoints, so that they last while they are brought.
+
+        A run may remove a checkpoint sooner than a slow line can take it, and so every one of them.
+        Returns their names, without those of checkpoints that are going already.
+        """
+        shutil.rmtree(self._holding, ignore_errors=True)
+        held, going = [], set()
+        for name in filter(_CHECKPOINT.match, names):
+            link = self._holding / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                try:
+                    os.link(self.folder / name, link)
+                except FileNotFoundError:
+                    raise
+                except OSError:  # a disk that has no links
+                    shutil.copy2(self.folder / name, link)
+                held.append(name)
+            except FileNotFoundError:
+                going.add(_folder_of(name))
+        return [n for n in held if _folder_of(n) not in going]
 
     def set_aside(self) -> None:
         """Renames a copy whose changes nobody wants any more, and begins with an empty one."""

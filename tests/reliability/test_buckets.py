@@ -187,9 +187,11 @@ def test_a_bucket_that_stays_away_ends_in_one_sentence_and_nothing_is_lost(
 def test_two_machines_do_not_train_in_one_folder_and_a_stopped_one_is_succeeded(
     place, data_dir, unbroken, tmp_path, monkeypatch
 ):
-    address, _ = place
+    address, faults = place
+    faults.delay = 0.5  # a line that takes a checkpoint for longer than the run keeps it
     one = start(data_dir, address, tmp_path / "one", *runs.options(num_steps=100_000))
     assert runs.wait_for(lambda: steps_there(address), one)
+    faults.delay = 0
     output = running.finish(start(data_dir, address, tmp_path / "two", *runs.options()), 1)
     assert re.search(r"Taken: .*works there; wait for it, or use another folder", output), output
     one.send_signal(signal.SIGTERM)
