@@ -143,7 +143,8 @@ def planted_scores(compared, monkeypatch):
     rng, drawn = np.random.default_rng(0), {}
 
     def last_results(workdir):
-        names = ("plain/miou", "refined/miou")[: 1 if "baseline" in str(workdir) else 2]
+        names = [f"{k}/{f}" for k in ("plain", "refined") for f in ("miou", "boundary_f")]
+        names = names[: 2 if "baseline" in str(workdir) else 4]
         drawn.setdefault(str(workdir), {n: rng.random() for n in names})
         return train.evaluate.Results(2, drawn[str(workdir)], "")
 
@@ -173,6 +174,24 @@ def test_differences_of_evaluations_are_paired_with_students_interval(planted_sc
             0.95, 3, loc=differences.mean(), scale=scipy.stats.sem(differences)
         )
         assert row["over_seeds"] == pytest.approx(interval, abs=1e-4)
+
+
+def test_every_network_is_compared_with_every_other(planted_scores):
+    """With its plain figures, by seed; either way round."""
+    found, own = planted_scores
+    assert len(found["pairs"]) == 3 * 2
+    for pair in found["pairs"]:
+        for kind in ("plain", "refined"):
+            if pair["of"] == "baseline" and kind == "refined":
+                assert kind not in pair
+                continue
+            for figure in ("miou", "boundary_f"):
+                expected = [
+                    a[f"{kind}/{figure}"] - b[f"plain/{figure}"]
+                    for a, b in zip(own[pair["of"]], own[pair["minus"]], strict=True)
+                ]
+                assert pair[kind][figure]["values"] == pytest.approx(expected, abs=1e-5)
+                assert pair[kind][figure]["mean"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_the_resolution_says_what_more_seeds_would_tell(planted_scores):

@@ -35,8 +35,9 @@ def compare(config: ml_collections.ConfigDict, todo: Sequence[arms.Run]) -> dict
 
     Returns:
         rows: by network, `{"plain": {figure: spread}, "refined": ...}`, parameters, GFLOP of a
-        crop; differences: by network, paired by seed, with their interval over seeds; resolution:
-        by network, {figure: {seeds: half the width of the interval that so many would give}}.
+        crop; differences: by network, paired by seed, with their interval over seeds; pairs: the
+        main figures of every network minus every other's; resolution: by network, {figure: {seeds:
+        half the width of the interval that so many would give}}.
     """
     by_name: dict[str, list[arms.Run]] = {}
     for each in todo:
@@ -59,6 +60,7 @@ def compare(config: ml_collections.ConfigDict, todo: Sequence[arms.Run]) -> dict
             "seconds": arms.Clock(todo).seconds,
             "rows": rows,
             "differences": differences,
+            "pairs": _pairs(rows),
             "resolution": {
                 name: {f: _resolution(d) for f, d in found["plain minus baseline"].items()}
                 for name, found in differences.items()
@@ -78,8 +80,7 @@ def table(result: Mapping[str, Any]) -> str:
         interval = "" if over is None else f" [{100 * over[0]:.1f}, {100 * over[1]:.1f}]"
         return f"{100 * mean:+.2f}{interval}"
 
-    plain = result["rows"]["baseline"]["plain"]
-    figures = _OF_VOLUMES if "dice" in plain else _OF_IMAGES
+    figures = _main(result["rows"])
     rows = [
         [
             name,
@@ -127,6 +128,28 @@ def _differences(row: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, A
                     if figure in other
                 }
     return found
+
+
+def _pairs(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """As of a network and its like with fewer images, whose baseline is neither of both."""
+    figures = _main(rows)
+    return [
+        {"of": one, "minus": other}
+        | {
+            kind: {
+                f: statistics.paired(rows[one][kind][f], rows[other]["plain"][f]) for f in figures
+            }
+            for kind in (evaluate.PLAIN, evaluate.REFINED)
+            if kind in rows[one]
+        }
+        for one in rows
+        for other in rows
+        if one != other
+    ]
+
+
+def _main(rows: Mapping[str, Any]) -> tuple[str, ...]:
+    return _OF_VOLUMES if "dice" in rows["baseline"]["plain"] else _OF_IMAGES
 
 
 def _resolution(difference: Mapping[str, Any]) -> dict[str, float] | None:
