@@ -235,15 +235,21 @@ def refine(config: Config, workdir: Workdir) -> None:
     """Refines what another network says of files."""
     if not INPUT.value or not LOGITS.value or not OUTPUT.value:
         raise UserError("--mode refine needs --input, --logits and --output")
-    from dilaff_jax.serving import refine_files
+    _join(config)
+    import jax
+
+    from dilaff_jax.serving import predict_files, refine_files
     from dilaff_jax.storage import mirror
 
     truth = mirror.local(TRUTH.value, "--truth") if TRUTH.value else None
     given = mirror.local(INPUT.value, "--input"), mirror.local(LOGITS.value, "--logits")
-    with mirror.written(OUTPUT.value, "--output") as output:
+    with mirror.written(OUTPUT.value, "--output", each=True) as output:
         options = _what_to_write(output)
         summary = refine_files.refine(load(config, workdir), *given, options, _form(), truth)
-    print(summary)
+    if jax.process_index() == 0:
+        print(summary)
+    elif summary.unplaced:  # which the first has of its own images
+        print(predict_files.without_georeference(summary.unplaced))
 
 
 def _what_to_write(output: pathlib.Path) -> "Options":
@@ -266,6 +272,7 @@ def fit(config: Config, workdir: Workdir) -> None:
     """Chooses the refinement on images that were not trained on."""
     if workdir == pathlib.Path():
         raise UserError("--mode fit needs --workdir, a run")
+    _join(config)
     from dilaff_jax.ablation import fit, foreign_outputs
     from dilaff_jax.storage import mirror
 

@@ -40,4 +40,5 @@ def compute(run, split, edge_noise=1.0):
         offsets=offsets,
         about={"planted": f"{run} {split} {edge_noise}"},
         folder=run.workdir / "analysis" / split,
+        own=np.arange(len(source)),
     )

@@ -6,14 +6,16 @@
 The bias per dilation is fitted to calibrate the affinities; operator, steps, strength and repulsion
 are the best of `config.ablate.grid`, which doing nothing is part of. WORKDIR/refine.json then holds
 the choice, all that was to choose from, and what on; evaluation, prediction, refinement, the viewer
-and the exports of that workdir use it.
+and the exports of that workdir use it. Of several processes of one run each takes its share of the
+images.
 """
 
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -23,7 +25,7 @@ from dilaff_jax.ablation import selection as selection_lib
 from dilaff_jax.ablation.network_outputs import Outputs
 from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import provenance, refinement, reporting
+from dilaff_jax.runtime import parallel, provenance, refinement, reporting
 from dilaff_jax.serving import network
 from dilaff_jax.serving.foreign_files import Form
 
@@ -66,12 +68,15 @@ def fit_run(
             "there takes the network for better than it is; give another --split, such as "
             f"{trained.data.eval_split}"
         )
-    outputs = network_outputs.compute(
-        arms.Run("joint", config.seed, config, workdir), split, best=True
-    )
-    if outputs.affinity_logits is None:
-        raise UserError(f"{workdir} has no affinity head, so there is nothing to refine with")
-    return _fit(config, workdir, outputs, outputs.about["step"], split, criterion)
+
+    def compute() -> tuple[Outputs, int]:
+        run = arms.Run("joint", config.seed, config, workdir)
+        outputs = network_outputs.compute(run, split, best=True)
+        if outputs.offsets is None:
+            raise UserError(f"{workdir} has no affinity head, so there is nothing to refine with")
+        return outputs, outputs.about["step"]
+
+    return _fit(config, workdir, compute, split, criterion)
 
 
 def fit_files(
@@ -99,10 +104,12 @@ def fit_files(
         network.read_config(workdir) if config is None else config, criterion
     )
     with tempfile.TemporaryDirectory(prefix="dilaff_fit_") as folder:
-        outputs, step = foreign_outputs.compute(
-            workdir, inputs, form, config.eval.batch_size, pathlib.Path(folder)
-        )
-        return _fit(config, workdir, outputs, step, str(inputs.images), criterion)
+
+        def compute() -> tuple[Outputs, int]:
+            rows = config.eval.batch_size
+            return foreign_outputs.compute(workdir, inputs, form, rows, pathlib.Path(folder))
+
+        return _fit(config, workdir, compute, str(inputs.images), criterion)
 
 
 def _settled(
@@ -121,15 +128,13 @@ def _settled(
 def _fit(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
-    outputs: Outputs,
-    step: int,
+    compute: Callable[[], tuple[Outputs, int]],
     split: str,
     criterion: str,
 ) -> dict[str, Any]:
     grid = operators.grid(config.ablate.grid.to_dict())
-    rows = config.eval.batch_size
-    histogram = operators.edge_histograms(outputs, rows)["head"]
-    bias = metrics.fit_bias(histogram)
+    outputs, step, histogram = _measured(compute, config.eval.batch_size)
+    rows, bias = config.eval.batch_size, metrics.fit_bias(histogram)
     scores = selection_lib.sweep(outputs, grid, bias, rows, config.eval.tolerance)
     choice = selection_lib.choose(grid, [scores], criterion, len(outputs))
     options = dict(choice.chosen.options)
@@ -151,10 +156,34 @@ def _fit(
         "candidates": _one_seed(choice.table),
         "provenance": provenance.provenance("numpy"),
     }
-    path = refinement.write(workdir, content)
-    print(_table(content))
-    print(f"written: {path}")
+    if jax.process_index() == 0:
+        path = refinement.write(workdir, content)
+        print(_table(content))
+        print(f"written: {path}")
     return content
+
+
+def _measured(
+    compute: Callable[[], tuple[Outputs, int]], rows: int
+) -> tuple[Outputs, int, np.ndarray]:
+    """Outputs of this process's images, their step, and the histogram of all processes' edges.
+
+    All files are read for it, so that what is wrong with one is known before the processes wait for
+    one another.
+    """
+    failure, outputs, step, histogram = None, None, 0, np.empty(0)
+    try:
+        outputs, step = compute()
+        if not len(outputs.own):
+            raise UserError(
+                f"{len(outputs)} images are too few for {jax.process_count()} processes; start one"
+            )
+        histogram = operators.edge_histograms(outputs, rows)["head"]
+    except (OSError, UserError) as error:
+        failure = error
+    parallel.agree(failure, "fitting")
+    assert outputs is not None
+    return outputs, step, parallel.sum_over_processes(histogram)
 
 
 def _one_seed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from dilaff_jax.data import bands
 from dilaff_jax.data.augment import blank
 from dilaff_jax.errors import UserError
 from dilaff_jax.numerics import NEVER
+from dilaff_jax.runtime import parallel
 from dilaff_jax.serving import foreign_files, network, predict_files, refine_files
 from dilaff_jax.serving.foreign_files import Form
 from dilaff_jax.serving.inputs import read
@@ -79,7 +80,7 @@ class ForeignOutputs(Outputs):
     def batches(self, rows: int, indices: np.ndarray | None = None) -> Iterator[Batch]:
         """As those of `Outputs`; beyond an image its last row and column are repeated."""
         assert self.affinity_logits is not None
-        every = np.arange(len(self)) if indices is None else indices
+        every = self.own if indices is None else indices
         for start in range(0, len(every), rows):
             own = every[start : start + rows]
             filled = np.resize(own, rows)
@@ -98,7 +99,8 @@ def compute(
 ) -> tuple[ForeignOutputs, int]:
     """Runs a run's network over the images for its affinities; also returns the step.
 
-    All images are padded to one size, so that one program serves them.
+    All images are padded to one size, so that one program serves them. Of several processes each
+    has those of its share.
 
     Args:
         workdir: of the run.
@@ -120,29 +122,33 @@ def compute(
     size = [-(-int(n) // unit) * unit for n in np.max(source.sizes, axis=0)]
     scaled = [round(n * net.resize) for n in size]
     program = jax.jit(lambda variables, x: net.apply(variables, x)[1])
-    maps: list[np.ndarray] = []
-    bar = tqdm(total=len(source), desc="affinities", unit="image")
+    maps: np.ndarray | None = None
+    every = parallel.share(len(source))
+    bar = tqdm(total=len(every), desc="affinities", unit="image", disable=jax.process_index() > 0)
     with bar:
-        for start in range(0, len(source), rows):
-            own = range(start, min(start + rows, len(source)))
+        for start in range(0, len(every), rows):
+            own = every[start : start + rows]
             canvas = blank((rows, *size, net.channels), net.dtype, net.fill)
             for row, index in enumerate(own):
-                image = source.image(index)
+                image = source.image(int(index))
                 canvas[row, : image.shape[0], : image.shape[1]] = image
             if scaled != size:
                 to = scaled[0], scaled[1]
                 canvas = np.stack([bands.resized(x, to, cv2.INTER_AREA) for x in canvas])
             found = np.asarray(program(net.variables, canvas).astype(jnp.float16))
-            maps.extend(found[: len(own)])
+            if maps is None:  # of which only what is written takes memory
+                maps = np.zeros((len(source), *found.shape[1:]), found.dtype)
+            maps[own] = found[: len(own)]
             bar.update(len(own))
     jax.clear_caches()
     outputs = ForeignOutputs(
         source=source,
         size=(size[0], size[1]),
         logits=np.empty((len(source), 0)),
-        affinity_logits=np.stack(maps),
+        affinity_logits=maps,
         offsets=model.offsets,
         about={"files": str(inputs.images), "step": step},
         folder=folder,
+        own=every,
     )
     return outputs, step

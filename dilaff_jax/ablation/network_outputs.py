@@ -40,6 +40,7 @@ class Outputs:
         offsets: `[K, ndim]`, None without head.
         about: which weights and images these are, for what is kept of them.
         folder: where results that follow from them are kept.
+        own: indices of the images that this process has outputs of; of the others there are none.
     """
 
     source: datasets.Source
@@ -49,6 +50,7 @@ class Outputs:
     offsets: np.ndarray | None
     about: dict[str, Any]
     folder: pathlib.Path
+    own: np.ndarray
 
     def __len__(self) -> int:
         return len(self.source)
@@ -60,7 +62,7 @@ class Outputs:
 
     def batches(self, rows: int, indices: np.ndarray | None = None) -> Iterator["Batch"]:
         """Batches of one shape; the last is filled with repetitions, which are not counted."""
-        every = np.arange(len(self)) if indices is None else indices
+        every = self.own if indices is None else indices
         for start in range(0, len(every), rows):
             own = every[start : start + rows]
             filled = np.resize(own, rows)
@@ -80,6 +82,8 @@ class Batch:
 def compute(run: arms.Run, split: str, *, best: bool = False) -> Outputs:
     """Reads the outputs of a run on a split, or computes and keeps them.
 
+    Of several processes each computes those of its share of the images, anew each time.
+
     Args:
         run: that is complete.
         split: of its data set.
@@ -93,15 +97,17 @@ def compute(run: arms.Run, split: str, *, best: bool = False) -> Outputs:
     source = _source(ml_collections.FrozenConfigDict(config.data), split)
     size = pipeline.eval_size(config.data, source)
     model = segmenter.build(segmenter.config_of_run(config), source.num_classes, axis_name=AXIS)
-    folder = run.workdir / "analysis" / (split.replace("/", "_") + "-best" * best)
+    many = jax.process_count() > 1
+    name = split.replace("/", "_") + "-best" * best + f"-process-{jax.process_index()}" * many
+    folder, own = run.workdir / "analysis" / name, np.arange(len(source))
     about = _about(run, split, source, size)
     variables = None
     if best:
         about["step"], variables = _variables(run, model, best=True)
-    if cache.read(folder / "about.json", about) is None:
+    if many or cache.read(folder / "about.json", about) is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        fill(folder, run, split, model, source, variables or _variables(run, model)[1])
+        own = fill(folder, run, split, model, source, variables or _variables(run, model)[1])
         cache.write(folder / "about.json", about, True)
     file = folder / "edges.npy"
     return Outputs(
@@ -112,6 +118,7 @@ def compute(run: arms.Run, split: str, *, best: bool = False) -> Outputs:
         offsets=model.offsets,
         about=about,
         folder=folder,
+        own=own,
     )
 
 
@@ -142,16 +149,24 @@ def fill(
     model: segmenter.Segmenter,
     source: datasets.Source,
     variables: Mapping[str, Any],
-) -> None:
-    """Runs the network over the split, writing as it goes."""
+) -> np.ndarray:
+    """Runs the network over the split, writing as it goes; returns which images it has."""
     config = run.config
     devices = Devices.of(config.parallel)
     program = devices.map(_program(model, config.inference), out="sharded")
     variables = devices.place(dict(variables))
     rows = -(-config.eval.batch_size // devices.total) * devices.total
     files: dict[str, np.ndarray] = {}
-    bar = tqdm(total=len(source), desc=f"outputs of {run} on {split}", unit="image")
-    with bar, pipeline.eval_batches(config.data, source, batch_size=rows) as batches:
+    first, every = jax.process_index(), jax.process_count()
+    bar = tqdm(
+        total=len(source) // every,
+        desc=f"outputs of {run} on {split}",
+        unit="image",
+        disable=first > 0,
+    )
+    own = np.zeros(len(source), bool)
+    batches_of = functools.partial(pipeline.eval_batches, process_index=first, process_count=every)
+    with bar, batches_of(config.data, source, batch_size=rows) as batches:
         for batch in batches:
             results = program(variables, devices.shard({"image": batch["image"]}))
             mask = batch["mask"]
@@ -162,10 +177,12 @@ def fill(
                     path = folder / f"{name}.npy"
                     files[name] = np.lib.format.open_memmap(path, "w+", values.dtype, shape)
                 files[name][batch["index"][mask]] = values
+            own[batch["index"][mask]] = True
             bar.update(int(mask.sum()))
     for file in files.values():
         file.flush()  # type: ignore[attr-defined]
     jax.clear_caches()  # the network's program is done with
+    return np.flatnonzero(own)
 
 
 def _variables(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -11,6 +12,7 @@ from dilaff_jax import metrics
 from dilaff_jax.ablation import baseline_outputs, cache, counts, operators
 from dilaff_jax.ablation.network_outputs import Outputs
 from dilaff_jax.ablation.operators import Candidate
+from dilaff_jax.runtime import parallel
 
 Scores = dict[str, dict[str, float]]
 FIGURES = ("miou", "boundary_f", "trimap_miou")
@@ -90,8 +92,7 @@ def sweep(
                     yield candidate, int(index), outputs.cut(map_, int(index))
 
     groups = operators.groups(grid)
-    every = np.arange(len(outputs))
-    return _sweep(outputs, "propagation", about, groups, run, every, tolerance)
+    return _sweep(outputs, "propagation", about, groups, run, outputs.own, tolerance)
 
 
 def sweep_rival(
@@ -147,7 +148,8 @@ def _sweep(
     """Scores what is not scored yet, and keeps the scores group by group."""
     path = outputs.folder / f"scores-{name}.json"
     about = {**about, "figures": list(FIGURES)}
-    scores: Scores = cache.read(path, about) or {}
+    many = jax.process_count() > 1  # and each may have other scores, or none
+    scores: Scores = {} if many else cache.read(path, about) or {}
     todo = [left for g in groups if (left := [c for c in g if c.key not in scores])]
     if not todo:
         return scores
@@ -156,7 +158,8 @@ def _sweep(
         int(i): counts.Truth(outputs.source[int(i)]["label"], classes, tolerance) for i in images
     }
     total = len(images) * sum(map(len, todo))
-    with tqdm(total=total, desc=f"{name}: candidates by images", leave=False) as bar:
+    quiet = jax.process_index() > 0
+    with tqdm(total=total, desc=f"{name}: candidates by images", leave=False, disable=quiet) as bar:
         for group in todo:
             sums: dict[Candidate, Any] = {}
             for candidate, index, map_ in run(group):
@@ -165,6 +168,7 @@ def _sweep(
                     counted, *([sums[candidate]] if candidate in sums else [])
                 )
                 bar.update()
-            scores |= {c.key: counts.quick_figures(*counted) for c, counted in sums.items()}
+            counted_of = {c.key: parallel.sum_over_processes(sums[c]) for c in group}
+            scores |= {key: counts.quick_figures(*counted) for key, counted in counted_of.items()}
             cache.write(path, about, scores)
     return scores

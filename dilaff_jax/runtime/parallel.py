@@ -354,6 +354,29 @@ class Devices:
         return jax.make_array_from_process_local_data(NamedSharding(self._mesh, self._rows), rows)
 
 
+def agree(failure: Exception | None, what: str) -> None:
+    """Ends all processes where one cannot go on, instead of leaving the others waiting for it.
+
+    Args:
+        failure: of this process, or None.
+        what: could not be done.
+
+    Raises:
+        Exception: `failure`.
+        UserError: another process has one.
+    """
+    failed = sum_over_processes(np.asarray(failure is not None, np.int32))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise UserError(f"{what}: another process of this run could not; its output says why")
+
+
+def share(count: int) -> np.ndarray:
+    """Which of so many items are this process's."""
+    return np.arange(jax.process_index(), count, jax.process_count())
+
+
 def sum_over_processes(tree: Any) -> Any:
     """Adds NumPy arrays of one shape over all processes; 64-bit integers exactly."""
     if jax.process_count() == 1:

@@ -7,8 +7,9 @@ where the truth is at hand, the figures before and after.
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from dilaff_jax.data.class_list import Classes
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.labels import IGNORE_LABEL
-from dilaff_jax.runtime import files, provenance, reporting
+from dilaff_jax.runtime import files, parallel, provenance, reporting
 from dilaff_jax.serving import foreign_files, foreign_windows, predict_files, tile_files
 from dilaff_jax.serving.foreign_files import ARRAYS, Form
 from dilaff_jax.serving.network import Network
@@ -78,7 +79,8 @@ def refine(
 ) -> Summary:
     """Refines every image's result and writes what comes out; see `predict_files`.
 
-    Names and, for label maps, classes are compared before anything is written.
+    Names and, for label maps, classes are compared before anything is written. Of several processes
+    of one run each takes its share of the images; the summary is of all.
 
     Args:
         predictor: with affinities.
@@ -93,7 +95,7 @@ def refine(
     Raises:
         FileNotFoundError: a folder does not exist.
         DataError: a file that cannot be used.
-        UserError: names that do not match, options that cannot be.
+        UserError: names that do not match, options that cannot be; another process failed.
     """
     if not predictor.has_affinity:
         raise UserError("this model has no affinity head, so it cannot refine")
@@ -111,60 +113,101 @@ def refine(
     given = foreign_files.find(results, names, "result", RESULT_SUFFIXES)
     masks = foreign_files.find(truth, names, "label map", MAP_SUFFIXES) if truth else {}
     predict_files.check_targets(pictures | {f"result {k}": v for k, v in given.items()}, options)
-    if options.tile:
-        if truth:
-            raise UserError("in tiles nothing is compared with a truth; leave --truth out")
-        summary = _in_tiles(predictor, source, pictures, given, options, form)
-        _note(summary, predictor.network, options.output)
-        return summary
-    form = dataclasses.replace(form, num_classes=num_classes(predictor.network, given, form))
+    if options.tile and truth:
+        raise UserError("in tiles nothing is compared with a truth; leave --truth out")
+    network = predictor.network
+    if options.tile and not network.segmentation:
+        number = foreign_windows.number_of_classes(next(iter(given.values())), form)
+    else:
+        number = num_classes(network, given, form)
+    form = dataclasses.replace(form, num_classes=number)
+    own = number == len(network.classes.names)
+    classes = network.classes if own else Classes.numbered(number)
     options.output.mkdir(parents=True, exist_ok=True)
-    counts, changed, pixels, classes = None, 0, 0, None
-    with Writer(options) as writer:
-        for name, path in tqdm(predict_files.by_size(pictures, predictor.network), unit="image"):
-            own = result_name(source, path)
-            result = _refined(predictor, path, given[own], form)
-            if classes is None:
-                classes = result.classes
-                write_classes(options.output, classes)
-            writer.put(name, result)
-            changed += int((result.labels != result.plain).sum())
-            pixels += result.labels.size
-            if truth:
-                new = _counts(result, masks[own], tolerance)
-                counts = metrics.add(new, *([counts] if counts else []))
-    figures, transitions = {}, {}
-    if counts and classes:
-        figures = {v: _figures(counts[v], classes.names) for v in (PLAIN, REFINED)}
-        transitions = metrics.transition_summary(counts["transitions"], class_names=classes.names)
-    summary = Summary(len(pictures), changed, pixels, figures, transitions)
-    _note(summary, predictor.network, options.output)
+    if jax.process_index() == 0:
+        write_classes(options.output, classes)
+    every = predict_files.by_size(pictures, network)
+    todo = []
+    for name, path in (every[i] for i in parallel.share(len(every))):
+        result = result_name(source, path)
+        todo.append(_Item(name, path, given[result], masks.get(result)))
+    failure, unplaced, counts = None, [], _nothing(number, truth is not None, tolerance)
+    try:
+        if options.tile:
+            unplaced = _in_tiles(predictor, todo, options, form, counts)
+        else:
+            counts = _whole(predictor, todo, options, form, counts, tolerance)
+    except (OSError, UserError) as error:  # the others must hear of it before it is raised
+        failure = error
+    parallel.agree(failure, str(options.output))
+    summary = _summary(len(pictures), parallel.sum_over_processes(counts), classes.names)
+    summary.unplaced = unplaced
+    if jax.process_index() == 0:
+        _note(summary, network, options.output)
     return summary
+
+
+class _Item(NamedTuple):
+    """An image, the name of what comes of it, another network's result, and maybe the truth."""
+
+    name: str
+    image: pathlib.Path
+    result: pathlib.Path
+    mask: pathlib.Path | None
+
+
+def _nothing(number: int, with_truth: bool, tolerance: float) -> dict[str, Any]:
+    """The counts of no image."""
+    any_, unknown = np.zeros((1, 1), np.uint8), np.full((1, 1), IGNORE_LABEL, np.uint8)
+    compared = _counts(any_, any_, unknown, number, tolerance) if with_truth else {}
+    return metrics.add({"changed": 0, "pixels": 0, "compared": compared})
+
+
+def _whole(
+    predictor: Predictor,
+    todo: Sequence[_Item],
+    options: Options,
+    form: Form,
+    counts: dict[str, Any],
+    tolerance: float,
+) -> dict[str, Any]:
+    with Writer(options) as writer:
+        for item in tqdm(todo, unit="image", disable=jax.process_index() > 0):
+            result = _refined(predictor, item.image, item.result, form)
+            plain, labels, number = result.plain, result.labels, form.num_classes
+            writer.put(item.name, result)
+            compared = {}
+            if item.mask is not None:
+                truth = foreign_files.read_labels(item.mask, number, labels.shape)
+                compared = _counts(plain, labels, truth, number, tolerance)
+            changed = int((labels != plain).sum())
+            new = {"changed": changed, "pixels": labels.size, "compared": compared}
+            counts = metrics.add(counts, new)
+    return counts
 
 
 def _in_tiles(
     predictor: Predictor,
-    source: pathlib.Path,
-    pictures: Mapping[str, pathlib.Path],
-    given: Mapping[str, pathlib.Path],
+    todo: Sequence[_Item],
     options: Options,
     form: Form,
-) -> Summary:
-    network, first = predictor.network, next(iter(given.values()))
-    classes = network.classes
-    if not network.segmentation:
-        number = foreign_windows.number_of_classes(first, form)
-        classes = classes if number == len(classes.names) else Classes.numbered(number)
-    form = dataclasses.replace(form, num_classes=len(classes.names))
+    counts: dict[str, Any],
+) -> list[str]:
+    """Adds to `counts`; names of TIFFs without georeference come out."""
     in_tiles = tile_files.InTiles(predictor, options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_classes(options.output, classes)
-    changed = pixels = 0
-    for name, path in tqdm(pictures.items(), unit="image"):
-        result = given[result_name(source, path)]
-        counts = in_tiles.refine(name, path, result, form)
-        changed, pixels = changed + counts[0], pixels + counts[1]
-    return Summary(len(pictures), changed, pixels, {}, {}, in_tiles.unplaced)
+    for item in tqdm(todo, unit="image", disable=jax.process_index() > 0):
+        changed, pixels = in_tiles.refine(item.name, item.image, item.result, form)
+        counts["changed"] += changed
+        counts["pixels"] += pixels
+    return in_tiles.unplaced
+
+
+def _summary(images: int, counts: Mapping[str, Any], names: tuple[str, ...]) -> Summary:
+    figures, transitions, compared = {}, {}, counts["compared"]
+    if compared:
+        figures = {v: _figures(compared[v], names) for v in (PLAIN, REFINED)}
+        transitions = metrics.transition_summary(compared["transitions"], class_names=names)
+    return Summary(images, int(counts["changed"]), int(counts["pixels"]), figures, transitions)
 
 
 def _note(summary: Summary, network: Network, folder: pathlib.Path) -> None:
@@ -223,10 +266,10 @@ def _refined(predictor: Predictor, image: pathlib.Path, result: pathlib.Path, fo
         raise DataError(f"{result}: {error}") from error
 
 
-def _counts(result: Result, mask: pathlib.Path, tolerance: float) -> dict[str, Any]:
+def _counts(
+    plain: np.ndarray, labels: np.ndarray, truth: np.ndarray, number: int, tolerance: float
+) -> dict[str, Any]:
     """What is counted of one image, in the form of `metrics`."""
-    plain, labels, number = result.plain, result.labels, len(result.classes.names)
-    truth = foreign_files.read_labels(mask, number, labels.shape)
     counts: dict[str, Any] = {
         name: {
             "confusion": metrics.host_confusion(found, truth, number, truth != IGNORE_LABEL),
