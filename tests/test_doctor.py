@@ -2,10 +2,13 @@
 
 import collections
 import importlib.metadata
+import importlib.util
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -113,3 +116,27 @@ def test_what_is_wrong_is_said_last_and_ends_the_command_with_1(monkeypatch, cap
     *_, before, last = capsys.readouterr().out.splitlines()
     assert before == "WRONG: scipy (missing): pip install 'scipy<2,>=1.14'"
     assert last == "1 wrong"
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "chosen", "trouble"),
+    [
+        ("TPU v6 lite", "0.0.42.1", "", "libtpu 0.0.42.1 ends .* TPU v6e; .*libtpu==0.0.43.2"),
+        ("TPU v6 lite", "0.0.42.1", "/own/libtpu.so", "^$"),
+        ("TPU v6 lite", "0.0.43.2", "", "^$"),
+        ("TPU v6 lite", "0.0.52", "", "^$"),
+        ("TPU v6 lite", None, "", "^$"),
+        ("TPU v5 lite", "0.0.42.1", "", "^$"),
+    ],
+)
+def test_a_compiler_that_fails_on_a_chip_is_named(kind, version, chosen, trouble, monkeypatch):
+    find = importlib.util.find_spec
+    found = None if version is None else find("json")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: found if name == "libtpu" else find(name)
+    )
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setenv("TPU_LIBRARY_PATH", chosen)
+    device = types.SimpleNamespace(device_kind=kind, platform="tpu", memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert re.search(trouble, of(doctor.devices(), "devices").trouble)

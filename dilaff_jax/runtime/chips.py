@@ -1,17 +1,24 @@
 """Accelerators: what each can do at most, and TPU slices that need not be there to compile for."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import re
 from typing import Any
 
 import jax
+from absl import logging
+from packaging.version import Version
 
 from dilaff_jax.errors import UserError
 
 GIB = 2**30
 EXTRA = "pip install 'dilaff-jax[preflight]' (or: pip install 'jax[tpu]')"
+
+# By chip the first TPU compiler that compiles the configs' training steps: earlier ones end in a
+# segmentation fault.
+_COMPILER_FROM = {"TPU v6 lite": "0.0.43.2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,24 @@ def of(device: jax.Device) -> Chip:
     return Chip(device.device_kind, (device.memory_stats() or {}).get("bytes_limit"))
 
 
+def compiler_fault(device: jax.Device) -> str:
+    """What is known against the installed TPU compiler for a device, and what helps; "" if nothing.
+
+    Of one that TPU_LIBRARY_PATH names nothing is known.
+    """
+    wanted = _COMPILER_FROM.get(device.device_kind)
+    installed = importlib.util.find_spec("libtpu") is not None
+    if wanted is None or not installed or os.environ.get("TPU_LIBRARY_PATH"):
+        return ""
+    version = importlib.metadata.version("libtpu")
+    if Version(version) >= Version(wanted):
+        return ""
+    return (
+        f"libtpu {version} ends in a segmentation fault on the training steps of most networks for "
+        f"{CHIPS[device.device_kind].name}; pip install --no-deps libtpu=={wanted}"
+    )
+
+
 def devices(topology: str) -> list[Any]:
     """Devices of a TPU slice such as "v5e:4x4", which need not exist; "auto": this machine's.
 
@@ -92,6 +117,9 @@ def devices(topology: str) -> list[Any]:
             "so sides are even: v5e:2x2, v5e:4x4, v4:2x2x4; or one chip: v5e:1x1. If the name is "
             f"right, install the libtpu that belongs to JAX {jax.__version__}: {EXTRA}"
         ) from error
+    fault = compiler_fault(slice_.devices[0])
+    if fault:
+        logging.warning("%s", fault)
     return list(slice_.devices)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import parallel
+from dilaff_jax.runtime import chips, parallel
 
 DISTRIBUTION = "dilaff-jax"
 _GB = 1e9
@@ -145,7 +145,7 @@ def devices() -> Iterator[Finding]:
         return
     kinds = [d.device_kind for d in local]
     found = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
-    trouble = ""
+    trouble = chips.compiler_fault(local[0])
     for platform_name, (files, extra) in _DRIVERS.items():
         if local[0].platform == "cpu" and any(pathlib.Path(f).exists() for f in files):
             chosen = os.environ.get("JAX_PLATFORMS")
