@@ -170,6 +170,56 @@ def study(file: pathlib.Path) -> bytes:
     return _svg(figure)
 
 
+STUDIES = ("study_camvid", "study_camvid_0001TP", "study_shapes")
+# In the picture of all gains: a data set, its file, and what is shown of it.
+_ALONE, _AFTER, _CRF = "affinity loss alone", "propagation", "DenseCRF"
+GAINS = (
+    ("CamVid", "ablation_camvid", (_ALONE, _AFTER, _CRF)),
+    ("LabelMeFacade", "ablation_labelmefacade", (_ALONE, _AFTER, _CRF)),
+    ("VOC, frozen network", "ablation_voc2012_refine", (_AFTER, _CRF)),
+    ("hippocampus, volumes", "study_hippocampus", (_ALONE, _AFTER)),
+)
+
+
+def gains() -> bytes:
+    """An SVG of differences on every data set, with their intervals over seeds."""
+    rows = [(name, kind, file) for name, file, kinds in GAINS for kind in kinds]
+    colors = dict(zip((_ALONE, _AFTER, _CRF), (COLORS[0], COLORS[3], "#808080"), strict=True))
+    figure, axes = _subplots(2, 10, 0.6 + 0.32 * len(rows))
+    for axis, (key, title) in zip(
+        axes, (("miou", "mean IoU"), ("boundary_iou", "boundary IoU")), strict=True
+    ):
+        for y, (name, kind, file) in enumerate(rows):
+            found = _gain(json.loads((RESULTS / f"{file}.json").read_text()), kind)[key]
+            low, high = found["over_seeds"]
+            axis.plot([100 * low, 100 * high], [y, y], color=colors[kind], linewidth=2)
+            axis.scatter([100 * found["mean"]], [y], color=colors[kind], zorder=3)
+            if y and name != rows[y - 1][0]:
+                axis.axhline(y - 0.5, color="#b0b0b0", linewidth=0.5)
+        axis.axvline(0, color="#404040", linewidth=1)
+        labels = [f"{name}: {kind}" for name, kind, _ in rows]
+        axis.set_yticks(range(len(rows)), labels if axis is axes[0] else [""] * len(rows))
+        axis.set_title(f"{title}, points, 95 % over seeds")
+        axis.invert_yaxis()
+        axis.grid(axis="x", color="#e0e0e0", linewidth=0.5)
+    return _svg(figure)
+
+
+def _gain(content: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The figures of one difference, from an ablation's file or a study's."""
+    differences = content["differences"]
+    if isinstance(differences, dict):
+        joint = differences["joint"]
+        return joint["plain minus baseline" if kind == _ALONE else "refined minus plain"]
+    of, minus = {
+        _ALONE: ("joint", "baseline"),
+        _AFTER: ("refined", "joint"),
+        _CRF: ("joint+dense_crf", "joint"),
+    }[kind]
+    (found,) = [d["figures"] for d in differences if (d["of"], d["minus"]) == (of, minus)]
+    return found
+
+
 def result(workdir: pathlib.Path, names: tuple[str, ...]) -> np.ndarray:
     """Pictures of the last evaluation of a run, one below the other, BGR."""
     last = max((workdir / "evaluation").iterdir(), key=lambda folder: int(folder.name))
@@ -243,7 +293,8 @@ def main() -> None:
     (IMAGES / "neighbourhood.svg").write_text(neighbourhood())
     (IMAGES / "rooms.svg").write_text(rooms())
     (IMAGES / "propagation_scaling.svg").write_bytes(scaling())
-    for file in sorted(RESULTS.glob("study_*.json")):
+    (IMAGES / "gains.svg").write_bytes(gains())
+    for file in (RESULTS / f"{name}.json" for name in STUDIES):
         (IMAGES / f"{file.stem}.svg").write_bytes(study(file))
     if options.shapes:
         names = ("validation_00000", "validation_00001", "validation_00002")

@@ -65,7 +65,14 @@ def test_the_pictures_are_those_that_the_command_draws():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/at_a_glance.md", "docs/findings.md", "docs/performance.md"]
+    "page",
+    [
+        "README.md",
+        "docs/at_a_glance.md",
+        "docs/findings.md",
+        "docs/findings_rounds.md",
+        "docs/performance.md",
+    ],
 )
 def test_measured_numbers_are_those_of_their_files(page):
     numbers, text = script("measured"), (ROOT / page).read_text()
