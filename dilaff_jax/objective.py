@@ -19,7 +19,7 @@ from dilaff_jax.schema import Key, Rule
 
 # Of a pixel by itself; of all pixels of an image at once.
 PIXEL_LOSSES = ("cross_entropy", "focal")
-REGION_LOSSES = ("dice", "tversky", "lovasz_softmax", "boundary")
+REGION_LOSSES = ("dice", "tversky", "lovasz_softmax", "boundary", "region_mutual_information")
 SEGMENTATION_LOSSES = (*PIXEL_LOSSES, "ohem", "loss_max_pooling", *REGION_LOSSES)
 AFFINITY_LOSSES = ("balanced", "bce", "focal", "ohem", "max_pooling")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -52,8 +52,8 @@ KEYS: schema.Section = {
             lambda v: bool(_summands(v)),
         ),
         "`cross_entropy`, `ohem`, `focal`, `loss_max_pooling`, `dice`, `tversky`, "
-        "`lovasz_softmax`, `boundary`; or a sum such as `'cross_entropy + 0.5*dice'`, see "
-        "[which loss](method.md#which-loss).",
+        "`lovasz_softmax`, `boundary`, `region_mutual_information`; or a sum such as "
+        "`'cross_entropy + 0.5*dice'`, see [which loss](method.md#which-loss).",
     ),
     "segmentation_options": Key(
         {},

@@ -37,6 +37,7 @@ SEGMENTATION = {
     "tversky": losses.tversky,
     "lovasz_softmax": losses.lovasz_softmax,
     "boundary": losses.boundary,
+    "rmi": functools.partial(losses.region_mutual_information, radius=2, pool=1),
     "aaf": functools.partial(losses.adaptive_affinity_fields, sizes=(1,)),
 }
 AFFINITY = {

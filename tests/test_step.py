@@ -431,7 +431,7 @@ def test_class_weights_by_median_frequency_follow_the_pixels_of_the_data():
         objective.with_class_weights(config, None)
 
 
-@pytest.mark.parametrize("name", ["dice", "tversky", "lovasz_softmax", "boundary"])
+@pytest.mark.parametrize("name", objective.REGION_LOSSES)
 def test_a_sum_of_losses_trains_the_same_on_all_devices_and_in_microbatches(name):
     config = make_config(norm="group", decoder_options={"dropout": 0.0})
     config.loss.segmentation = f"cross_entropy + 0.5*{name}"

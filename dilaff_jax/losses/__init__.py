@@ -19,6 +19,7 @@ from dilaff_jax.losses.edges import (
     affinity_ohem,
 )
 from dilaff_jax.losses.loss_sum import LossSum, finish
+from dilaff_jax.losses.region_mutual_information import region_mutual_information
 from dilaff_jax.losses.regions import boundary, dice, lovasz_softmax, tversky
 from dilaff_jax.losses.segmentation import (
     cross_entropy,
@@ -46,6 +47,7 @@ __all__ = [
     "loss_max_pooling",
     "lovasz_softmax",
     "ohem",
+    "region_mutual_information",
     "semantic_boundaries",
     "tversky",
     "upsampled_loss",

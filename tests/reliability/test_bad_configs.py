@@ -102,7 +102,8 @@ CONFIGS = cases(
         "unknown loss",
         {"loss.segmentation": "hinge"},
         "config.loss.segmentation is 'hinge'; expected one of 'cross_entropy', 'focal', 'ohem', "
-        "'loss_max_pooling', 'dice', 'tversky', 'lovasz_softmax', 'boundary', or a sum of several "
+        "'loss_max_pooling', 'dice', 'tversky', 'lovasz_softmax', 'boundary', "
+        "'region_mutual_information', or a sum of several "
         "such as 'cross_entropy + 0.5*dice'",
     ),
     (
