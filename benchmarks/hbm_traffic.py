@@ -24,7 +24,7 @@ from dilaff_jax.configs import voc2012_deeplabv3_r50
 from dilaff_jax.models import geometry
 from dilaff_jax.models.gpu import conv as gpu_conv
 from dilaff_jax.preflight.footprint import Footprint, measure
-from dilaff_jax.preflight.run import Programs
+from dilaff_jax.preflight.programs import Programs
 from dilaff_jax.runtime import chips, reporting
 from dilaff_jax.runtime.parallel import Devices
 

@@ -1,14 +1,25 @@
+import dataclasses
 import importlib.util
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
-from dilaff_jax.preflight import footprint, hlo, run
+from dilaff_jax.errors import UserError
+from dilaff_jax.preflight import apart, footprint, hlo, run
+from dilaff_jax.preflight.apart import Source
 from dilaff_jax.preflight.footprint import Footprint
+from dilaff_jax.preflight.programs import Programs
 from dilaff_jax.runtime import chips
+from dilaff_jax.runtime.parallel import Devices
 from tests import tiny_config
 
 needs_libtpu = pytest.mark.skipif(
@@ -186,13 +197,134 @@ def test_an_unprepared_data_set_of_unknown_classes_is_refused(tmp_path):
 
 def test_propagation_is_measured_on_this_machine(tmp_path):
     config = tiny_config.get_config()
-    devices = run.Devices("shard_map", compile_for=jax.local_devices())
-    programs = run.Programs(config, 5, (32, 32), devices)
-    found = footprint.measure("propagation", programs.propagation, 2, None)
+    devices = Devices("shard_map", compile_for=jax.local_devices())
+    programs = Programs(config, 5, (32, 32), devices)
+    found = footprint.measure(programs.propagation, 2, None)
     logits, edges, labels = 2 * 4 * 4 * 5 * 4, 2 * 8 * 8 * 16 * 4, 2 * 32 * 32 * 4
     assert found.arguments == logits + edges
     assert found.traffic >= logits + edges + labels
     assert not found.collectives
+
+
+# Programs in processes of their own. What stands for a compiler is given to them by its name.
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended(Source):
+    """A compiler that a signal ends."""
+
+    by: int = signal.SIGKILL
+
+    def programs(self) -> Programs:
+        os.kill(os.getpid(), self.by)
+        raise AssertionError("still there")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused(Source):
+    """A compiler that says why not, or that is broken."""
+
+    error: type[Exception] = UserError
+
+    def programs(self) -> Programs:
+        raise self.error("no such thing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Endless(Source):
+    """A compiler that takes for ever; its process leaves its number in a file."""
+
+    path: str = ""
+
+    def programs(self) -> Programs:
+        pathlib.Path(self.path).write_text(str(os.getpid()))
+        time.sleep(600)
+        raise AssertionError("still there")
+
+
+def _source(kind: type[Source] = Source, **options) -> Source:
+    return kind(tiny_config.get_config(), 5, (32, 32), "auto", **options)
+
+
+def test_a_program_needs_the_same_in_a_process_of_its_own():
+    source = _source()
+    here = source.programs().measure("propagation", 2, 1e9)
+    there = apart.measure(source, "propagation", 2, 1e9)
+    assert dataclasses.replace(there, compile_seconds=here.compile_seconds) == here
+
+
+@pytest.mark.parametrize(
+    ("by", "why"), [(signal.SIGKILL, "SIGKILL.*more memory"), (signal.SIGSEGV, "SIGSEGV.*another")]
+)
+def test_a_compiler_that_is_ended_is_named_and_ends_nothing_else(by, why):
+    with pytest.raises(UserError, match=f"the compiler of the propagation was ended by {why}"):
+        apart.measure(_source(Ended, by=by), "propagation", 2, None)
+
+
+def test_what_a_compiler_says_comes_through(capfd):
+    with pytest.raises(UserError, match=r"^no such thing$"):
+        apart.measure(_source(Refused), "propagation", 2, None)
+    with pytest.raises(UserError, match=r"the propagation was not compiled.*status 1"):
+        apart.measure(_source(Refused, error=RuntimeError), "propagation", 2, None)
+    assert "RuntimeError: no such thing" in capfd.readouterr().err
+
+
+def test_a_compiler_does_not_outlive_who_asked_for_it(tmp_path):
+    """Killed without a word, as by a scheduler: no process goes on for half an hour."""
+    path = tmp_path / "process"
+    code = (
+        "from tests import test_preflight as t\n"
+        "if __name__ == '__main__':\n"
+        f"    t.apart.measure(t._source(t.Endless, path={str(path)!r}), 'propagation', 2, None)\n"
+    )
+    asked = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        _until(lambda: path.exists() and path.read_text(), 120)
+        child = pathlib.Path(f"/proc/{path.read_text()}")
+        assert child.exists()
+    finally:
+        asked.kill()
+        asked.wait()
+    _until(lambda: not child.exists() or "State:\tZ" in (child / "status").read_text(), 20)
+
+
+def _until(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def test_figures_are_written_as_they_come_and_a_search_may_be_stopped(
+    tmp_path, monkeypatch, capsys
+):
+    config = tiny_config.get_config()
+    config.data.data_dir = str(tmp_path / "none")
+    asked = []
+
+    def measured(self: Programs, name: str, rows: int, limit: float) -> Footprint:
+        asked.append(name)
+        if name == last:
+            raise stop
+        return Footprint(rows, 1e6, limit, flops=1.0)
+
+    monkeypatch.setattr(Programs, "measure", measured)
+    last, stop = "propagation", UserError("too much for this machine")
+    with pytest.raises(UserError, match="too much"):
+        run.run(config, tmp_path, "auto")
+    found = json.loads((tmp_path / "preflight.json").read_text())["programs"]
+    assert list(found) == asked[:-1] == ["training step", "eval step"]
+    asked.clear()
+    monkeypatch.setattr(run, "largest", _interrupted)
+    last = ""
+    report = run.run(config, tmp_path, "auto")
+    assert list(report["programs"]) == ["training step", "eval step", "propagation"]
+    assert report == json.loads((tmp_path / "preflight.json").read_text())
+    assert "without the largest batch" in capsys.readouterr().out
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
 
 
 @needs_libtpu
@@ -244,8 +376,8 @@ def test_a_run_is_compiled_for_a_slice_that_is_not_there(tmp_path, capsys):
 
 
 def _parameters(config: ml_collections.ConfigDict) -> int:
-    devices = run.Devices("shard_map")
-    state = run.Programs(config, 5, (32, 32), devices)._state
+    devices = Devices("shard_map")
+    state = Programs(config, 5, (32, 32), devices)._state
     return sum(x.size for x in jax.tree.leaves(state.params))
 
 
@@ -257,9 +389,9 @@ def test_a_state_in_pieces_takes_less_of_each_device(tmp_path):
     config.optim.name = "adamw"
     found = {}
     for mode in ("shard_map", "fsdp"):
-        devices = run.Devices(mode, compile_for=jax.local_devices()[:4])
-        programs = run.Programs(config, 5, (32, 32), devices)
-        found[mode] = footprint.measure("training step", programs.train_step, 1, None)
+        devices = Devices(mode, compile_for=jax.local_devices()[:4])
+        programs = Programs(config, 5, (32, 32), devices)
+        found[mode] = footprint.measure(programs.train_step, 1, None)
     state = programs._state
     cut = sum(
         4 * x.size
@@ -307,8 +439,8 @@ def test_pieces_are_gathered_and_nothing_of_a_cpu_is_in_the_program_for_a_tpu(tm
     config.parallel.update({"mode": "fsdp", "min_size": 64})
     config.data.data_dir = str(tmp_path / "none")
     jax.config.update("jax_platforms", "cpu")
-    devices = run.Devices("fsdp", compile_for=chips.devices("v5e:2x2"), min_size=64)
-    program = run.Programs(config, 5, (32, 32), devices).train_step(1)
+    devices = Devices("fsdp", compile_for=chips.devices("v5e:2x2"), min_size=64)
+    program = Programs(config, 5, (32, 32), devices).train_step(1)
     assert "materialize" not in program.as_text()
     found = {c.kind: c for c in hlo.Program(program.compile().as_text()).collectives()}
     assert found["all-gather"].bytes > _parameters(config)

@@ -93,12 +93,11 @@ class Footprint:
 
 
 def measure(
-    name: str, lower: Callable[[int], Any], rows: int, limit: float | None, repeats: int = 1
+    lower: Callable[[int], Any], rows: int, limit: float | None, repeats: int = 1
 ) -> Footprint:
     """Compiles a program for `rows` images a device and reads what it needs.
 
     Args:
-        name: for the progress line.
         lower: gives the program lowered for a number of images a device.
         rows: that number.
         limit: bytes that the device has.
@@ -107,17 +106,15 @@ def measure(
     Raises:
         UserError: the compiler refused it for another reason than its size.
     """
-    print(f"compiling the {name}, {rows} images a device ...", end=" ", flush=True)
     lowered, started = lower(rows), time.perf_counter()
     try:
         with _not_kept():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used, available = _refusal(str(error))
-        print(f"too large ({time.perf_counter() - started:.0f} s)", flush=True)
-        return Footprint(rows, used, available, compiled=False)
+        seconds = time.perf_counter() - started
+        return Footprint(rows, used, available, compiled=False, compile_seconds=seconds)
     seconds = time.perf_counter() - started
-    print(f"{seconds:.0f} s", flush=True)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     program = hlo.Program(compiled.as_text())
     return Footprint(

@@ -9,25 +9,21 @@ interconnect: nothing runs faster, most things run slower.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
-from dilaff_jax import objective, optim
 from dilaff_jax.data import datasets, pipeline
-from dilaff_jax.eval_step import EvalStep
-from dilaff_jax.models import segmenter
-from dilaff_jax.preflight.footprint import Footprint, available, measure, table
+from dilaff_jax.preflight.apart import Source, measure
+from dilaff_jax.preflight.footprint import Footprint, available, table
+from dilaff_jax.preflight.programs import TRAIN
 from dilaff_jax.runtime import chips
 from dilaff_jax.runtime.chips import GIB, Chip
-from dilaff_jax.runtime.parallel import AXIS, Devices
-from dilaff_jax.step import TrainStep, seed_of
 
 # The search for the largest batch ends when it is known to this share.
 _RESOLUTION = 1 / 16
@@ -35,110 +31,6 @@ _MOST_COMPILATIONS = 8
 # How far beyond what one measurement predicts the search looks for what is too large: memory that
 # does not grow with the batch makes that prediction too low.
 _BEYOND = 4
-TRAIN = "training step"
-# What the training step would need without `optim.frozen`.
-NOTHING_FROZEN = "nothing frozen"
-
-
-class Programs:
-    """The programs of a run, lowered for given devices from shapes alone.
-
-    Args:
-        config: the whole config.
-        num_classes: C.
-        eval_size: (height, width) of evaluation images, or three sides of volumes.
-        devices: mapped by shard_map.
-
-    Raises:
-        UserError: the config cannot be.
-    """
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        num_classes: int,
-        eval_size: tuple[int, ...],
-        devices: Devices,
-    ) -> None:
-        # Which weights classes have changes nothing that is compiled.
-        config = objective.with_class_weights(config, np.ones(num_classes))
-        self._config, self._devices, self._eval_size = config, devices, eval_size
-        self._model = segmenter.build(segmenter.config_of_run(config), num_classes, axis_name=AXIS)
-        channels = self._model.channels
-        self._num_classes, self._image = num_classes, (1, *config.data.crop_size, channels)
-        self._tx, _ = optim.optimiser(config.optim, config.num_steps, self._model.encoder)
-        self._train = TrainStep(config, self._model, num_classes, self._tx, devices.spread)
-        self._eval = EvalStep(config, self._model, num_classes)
-        self._seed = seed_of(config)
-        # Bands may be of fewer bits; what floating point needs is enough for all.
-        self._dtype = jnp.float32 if config.data.bands else jnp.uint8
-        self._state = jax.eval_shape(lambda: self._train.init(self._image, self._seed))
-
-    def all(self, rows: int) -> dict[str, tuple[Callable[[int], Any], int]]:
-        """{name: (what lowers it, images a device)}; the training step with `rows`."""
-        evaluated = -(-self._config.eval.batch_size // self._devices.total)
-        programs: dict[str, tuple[Callable[[int], Any], int]]
-        programs = {TRAIN: (self.train_step, rows)}
-        if self._config.optim.frozen:
-            programs[NOTHING_FROZEN] = (self.thawed_step, rows)
-        programs["eval step"] = (self.eval_step, evaluated)
-        if self._model.offsets is not None:
-            programs["propagation"] = (self.propagation, evaluated)
-        return programs
-
-    def train_step(self, rows: int) -> Any:
-        """The training step with `rows` images a device, lowered."""
-        return self._lower_step(self._train, self._state, rows)
-
-    def thawed_step(self, rows: int) -> Any:
-        """The training step as it would be with nothing frozen, lowered."""
-        config = self._config.copy_and_resolve_references()
-        config.optim.frozen = ()
-        spread = self._devices.spread
-        step = TrainStep(config, self._model, self._num_classes, self._tx, spread)
-        return self._lower_step(
-            step, jax.eval_shape(lambda: step.init(self._image, self._seed)), rows
-        )
-
-    def eval_step(self, rows: int) -> Any:
-        """The evaluation step, lowered."""
-        program = self._devices.map(self._eval, out=("replicated", "sharded"))
-        return self._lower(program, self._state.evaluated, self._batch(rows, self._eval_size))
-
-    def propagation(self, rows: int) -> Any:
-        """The refinement alone, from logits to labels, lowered."""
-        outputs = jax.eval_shape(
-            lambda variables, x: self._model.apply(variables, x, train=False),
-            self._state.evaluated,
-            self._batch(rows, self._eval_size)["image"],
-        )
-        maps = {name: outputs[name] for name in ("logits", "affinity_logits")}
-        if maps["logits"] is None:  # then another network's, taken to be on the affinity's grid
-            shape = (*maps["affinity_logits"].shape[:3], self._num_classes)
-            maps["logits"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        def program(_: Any, x: dict[str, jax.Array]) -> jax.Array:
-            return self._eval.propagate(x["logits"], x["affinity_logits"], self._eval_size)
-
-        return self._lower(self._devices.map(program, out="sharded"), (), maps)
-
-    def _lower_step(self, train_step: TrainStep, state: Any, rows: int) -> Any:
-        program = self._devices.map(train_step, out="state", donate=True, shared=1)
-        batch = self._batch(rows, self._config.data.crop_size)
-        return self._lower(program, state, batch, self._seed)
-
-    def _batch(self, rows: int, size: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (rows * self._devices.total, *size)
-        return {
-            "image": jax.ShapeDtypeStruct((*shape, self._model.channels), self._dtype),
-            "label": jax.ShapeDtypeStruct(shape, jnp.uint8),
-        }
-
-    def _lower(self, program: Any, state: Any, batch: Any, *shared: Any) -> Any:
-        placed = self._devices.abstract(state, "state"), self._devices.abstract(batch, "sharded")
-        whole = self._devices.abstract(shared)
-        platform = self._devices.local[0].platform
-        return program.trace(*placed, *whole).lower(lowering_platforms=(platform,))
 
 
 def run(
@@ -161,43 +53,52 @@ def run(
     Raises:
         UserError: the config, the topology or the number of classes cannot be.
     """
-    if topology != "auto":
-        # The TPU compiler is used as a library; this machine has no such device to start.
-        jax.config.update("jax_platforms", "cpu")
-    slice_devices = chips.devices(topology)
-    chip, count = chips.of(slice_devices[0]), len(slice_devices)
-    devices = Devices.of(config.parallel, slice_devices)
     of_data = classes_and_size(config, classes)
     if not config.data.bands:  # given by hand where the data set is not prepared
         config = datasets.completed(config)
-    programs = Programs(config, *of_data, devices)
+    source = Source(config, *of_data, topology)
+    programs = source.programs()
+    slice_devices = chips.devices(topology)
+    chip, count = chips.of(slice_devices[0]), len(slice_devices)
     print(_heading(topology, chip, count), flush=True)
+    limit = memory_limit(chip, slice_devices)
+
+    def need(name: str, rows: int) -> Footprint:
+        print(f"compiling the {name}, {rows} images a device ...", end=" ", flush=True)
+        # This machine's own devices may be open in one process only.
+        apart = functools.partial(measure, source) if topology != "auto" else programs.measure
+        found = apart(name, rows, limit)
+        took = f"{found.compile_seconds:.0f} s"
+        print(took if found.compiled else f"too large ({took})", flush=True)
+        return found
 
     footprints: dict[str, Footprint] = {}
-    limit, parts = memory_limit(chip, slice_devices), config.optim.accumulate
-    each = devices.per_process(config.batch_size) // count
-    for name, (lower, rows) in programs.all(each).items():
-        repeats = parts if name in (TRAIN, NOTHING_FROZEN) else 1
-        footprints[name] = measure(name, lower, rows, limit, repeats)
-    print(table(footprints, chip, count), flush=True)
-    report = {
+    report: dict[str, Any] = {
         "topology": topology,
         "devices": count,
         "chip": dataclasses.asdict(chip),
         "jax": jax.__version__,
         "config": json.loads(config.to_json_best_effort()),
-        "programs": {n: f.record(chip, count) for n, f in footprints.items()},
+        "programs": {},
     }
-    print(f"written: {_write(workdir, report)}", flush=True)
+    for name, rows in programs.rows().items():
+        footprints[name] = need(name, rows)
+        report["programs"][name] = footprints[name].record(chip, count)
+        # Each at once: the next may be too much for this machine.
+        path = _write(workdir, report)
+    print(table(footprints, chip, count), flush=True)
+    print(f"written: {path}", flush=True)
     if not search:
         return report
     # Last, because it takes longest: whoever has seen enough may stop it here.
     print("searching the largest batch that fits (Ctrl-C to do without)", flush=True)
-    fits, fails = largest(
-        lambda rows: measure(TRAIN, programs.train_step, rows, limit, parts),
-        footprints[TRAIN],
-        parts,
-    )
+    try:
+        fits, fails = largest(
+            lambda rows: need(TRAIN, rows), footprints[TRAIN], config.optim.accumulate
+        )
+    except KeyboardInterrupt:
+        print("\nwithout the largest batch, as asked", flush=True)
+        return report
     print(_verdict(fits, fails, count), flush=True)
     report["largest_batch_per_device"] = {
         "fits": fits and fits.record(chip, count),
