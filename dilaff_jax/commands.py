@@ -106,6 +106,12 @@ SPLIT = flags.DEFINE_string(
     "split", "", "fit: of the run's data; by default held_out, or the one that is evaluated."
 )
 CRITERION = flags.DEFINE_string("criterion", "", "fit: by default config.ablate.criterion.")
+MAX_CLASS_LOSS = flags.DEFINE_float(
+    "max_class_loss",
+    None,
+    "fit: points of IoU, such as 0.5, that a class may lose by the refinement; pixels are left as "
+    "they are, by class and confidence, so that none loses more.",
+)
 PORT = flags.DEFINE_integer("port", 8080, "view: of the local page.")
 
 
@@ -276,13 +282,14 @@ def fit(config: Config, workdir: Workdir) -> None:
     from dilaff_jax.ablation import fit, foreign_outputs
     from dilaff_jax.storage import mirror
 
+    how = CRITERION.value, MAX_CLASS_LOSS.value
     with mirror.written(workdir, "--workdir", kind="results") as folder:
         if not fit.has_inputs(INPUT.value, LOGITS.value, TRUTH.value):
-            fit.fit_run(config, folder, SPLIT.value, CRITERION.value)
+            fit.fit_run(config, folder, SPLIT.value, *how)
             return
         flagged = {"--input": INPUT.value, "--logits": LOGITS.value, "--truth": TRUTH.value}
         paths = [mirror.local(value or "", flag) for flag, value in flagged.items()]
-        fit.fit_files(config, folder, foreign_outputs.Inputs(*paths), _form(), CRITERION.value)
+        fit.fit_files(config, folder, foreign_outputs.Inputs(*paths), _form(), *how)
 
 
 def _form() -> "Form":

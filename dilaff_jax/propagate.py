@@ -18,13 +18,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Real
 
-from dilaff_jax import references, resize
+from dilaff_jax import gate, references, resize
 from dilaff_jax.affinity import check_offsets, dilation_of, distinct_dilations
 from dilaff_jax.errors import UserError
 from dilaff_jax.kernels import backends, xla
 from dilaff_jax.kernels.backends import Backend
 from dilaff_jax.kernels.xla import Offsets, Order, WalkOptions
-from dilaff_jax.numerics import log_probs
+from dilaff_jax.numerics import check_range, log_probs
 
 Operator: TypeAlias = Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]
 
@@ -74,12 +74,12 @@ def random_walk(
     """
     probs, affinity = jnp.asarray(probs), jnp.asarray(affinity)
     static = _check_shapes(probs, affinity, offsets, steps, "affinity")
-    _check_values("probs", probs, -np.inf, np.inf)
-    _check_values("affinity", affinity, 0, 1, "pass jax.nn.sigmoid(affinity_logits)")
-    _check_values("sharpness", sharpness, float(np.finfo(np.float32).tiny), np.inf)
-    _check_values("threshold", threshold, 0, 1)
-    _check_values("self_weight", self_weight, 0, np.inf)
-    _check_values("restart", restart, 0, 1)
+    check_range("probs", probs, -np.inf, np.inf)
+    check_range("affinity", affinity, 0, 1, "pass jax.nn.sigmoid(affinity_logits)")
+    check_range("sharpness", sharpness, float(np.finfo(np.float32).tiny), np.inf)
+    check_range("threshold", threshold, 0, 1)
+    check_range("self_weight", self_weight, 0, np.inf)
+    check_range("restart", restart, 0, 1)
     if order not in ("joint", "coarse_to_fine", "fine_to_coarse"):
         raise UserError(
             f"order is {order!r}; expected 'joint', 'coarse_to_fine' or 'fine_to_coarse'"
@@ -129,11 +129,11 @@ def signed(
     """
     probs, affinity_logits = jnp.asarray(probs), jnp.asarray(affinity_logits)
     static = _check_shapes(probs, affinity_logits, offsets, steps, "affinity_logits")
-    _check_values("probs", probs, 0, np.inf)
-    _check_values("affinity_logits", affinity_logits, -np.inf, np.inf)
-    _check_values("strength", strength, 0, np.inf)
-    _check_values("bias", bias, -np.inf, np.inf)
-    _check_values("repulsion", repulsion, 0, np.inf)
+    check_range("probs", probs, 0, np.inf)
+    check_range("affinity_logits", affinity_logits, -np.inf, np.inf)
+    check_range("strength", strength, 0, np.inf)
+    check_range("bias", bias, -np.inf, np.inf)
+    check_range("repulsion", repulsion, 0, np.inf)
     backends.check(backend)
     biases = per_offset(bias, offsets)
     if _or_none(repulsion, 1) is not None:
@@ -160,18 +160,26 @@ def per_offset(bias: ArrayLike, offsets: Int[np.ndarray, " K ndim"]) -> Float[Ar
     return bias[np.array([present.index(d) for d in dilation])]
 
 
-def operator(name: str, *, bias: ArrayLike = 0.0, **options: Any) -> Operator:
+def operator(
+    name: str, *, bias: ArrayLike = 0.0, keep: ArrayLike | None = None, **options: Any
+) -> Operator:
     """Returns the refinement `f(probs, affinity_logits, offsets) -> probs` that a config names.
 
     Args:
         name: "identity"; "random_walk", on a = sigmoid(ℓ - b); "signed"; or "module:function",
             an operator of one's own with the signature of `signed`.
         bias: b, see `signed`; undoes the shift that class-balanced training gives the logits.
+        keep: `[C]` in [0, 1], which pixels stay as they are, see `gate.gated`; None for none.
         **options: the keyword arguments of the operator.
 
     Raises:
-        UserError: no operator has this name, or it has no such option.
+        UserError: no operator has this name, or it has no such option; `keep` cannot be.
     """
+    refine = _named(name, bias, options)
+    return refine if keep is None else gate.gated(refine, keep)
+
+
+def _named(name: str, bias: ArrayLike, options: Mapping[str, Any]) -> Operator:
     if name == "identity":
         return lambda probs, affinity_logits, offsets: jnp.asarray(probs, jnp.float32)
     if name in ("random_walk", "signed"):
@@ -197,7 +205,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         if option not in known:
             raise UserError(
                 f"operator {name!r} has no option {option!r}; allowed: "
-                f"{', '.join(['bias', *known])}"
+                f"{', '.join(['bias', 'keep', *known])}"
             )
 
 
@@ -371,28 +379,3 @@ def _check_shapes(
     if not (isinstance(steps, numbers.Real) and steps >= 0 and steps % 1 == 0):
         raise UserError(f"steps is {steps!r}; expected a whole number, zero or more")
     return tuple(tuple(int(x) for x in row) for row in rows)
-
-
-def _check_values(name: str, x: ArrayLike, low: float, high: float, hint: str = "") -> None:
-    """Raises UserError unless all of `x` is finite and in [low, high]; silent under tracing."""
-    if x is None or isinstance(x, str):
-        raise UserError(f"{name} is {x!r}; expected a number, or an array of them")
-    if isinstance(x, jax.core.Tracer) or np.size(x) == 0:
-        return
-    if isinstance(x, jax.Array):
-        with jax.ensure_compile_time_eval():  # a constant may be checked while others are traced
-            smallest, largest = (float(v) for v in _range(x))
-    else:
-        smallest, largest = float(np.min(x)), float(np.max(x))
-    if not (np.isfinite(smallest) and np.isfinite(largest)):
-        raise UserError(f"{name} holds NaN or infinity; expected finite values")
-    if smallest < low or largest > high:
-        raise UserError(
-            f"{name} has values in [{smallest:g}, {largest:g}]; expected [{low:g}, {high:g}]"
-            + (f": {hint}" if hint else "")
-        )
-
-
-@jax.jit
-def _range(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.min(x), jnp.max(x)

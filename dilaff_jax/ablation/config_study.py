@@ -171,7 +171,9 @@ def _row(config: ml_collections.ConfigDict, of: Sequence[arms.Run]) -> dict[str,
 def configured_candidate(refine: ml_collections.ConfigDict) -> Candidate:
     """The operator of `config.refine`, which a network may have been trained through."""
     options = refine.to_dict()
-    return Candidate(options.pop("name"), tuple(options.items()))
+    name = options.pop("name")
+    of_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return Candidate(name, tuple(of_tuples.items()))
 
 
 def _spreads(seeds: Sequence[dict[str, float]]) -> dict[str, Any]:

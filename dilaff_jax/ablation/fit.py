@@ -12,7 +12,7 @@ images.
 
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,16 @@ import ml_collections
 import numpy as np
 
 from dilaff_jax import affinity, metrics, schema
-from dilaff_jax.ablation import ablate_config, arms, foreign_outputs, network_outputs, operators
+from dilaff_jax.ablation import (
+    ablate_config,
+    arms,
+    class_losses,
+    foreign_outputs,
+    network_outputs,
+    operators,
+)
 from dilaff_jax.ablation import selection as selection_lib
+from dilaff_jax.ablation.class_losses import Sides
 from dilaff_jax.ablation.network_outputs import Outputs
 from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
@@ -29,8 +37,10 @@ from dilaff_jax.runtime import parallel, provenance, refinement, reporting
 from dilaff_jax.serving import network
 from dilaff_jax.serving.foreign_files import Form
 
-# How many candidates of the table are printed.
-_SHOWN = 5
+# How many candidates of the table are printed, and how many classes.
+_SHOWN, _CLASSES = 5, 20
+# A loss of one class from which on it is said that it can be kept from losing: 0.5 points of IoU.
+_LOSS = 0.005
 
 
 def fit_run(
@@ -38,6 +48,7 @@ def fit_run(
     workdir: pathlib.Path,
     split: str = "",
     criterion: str = "",
+    max_class_loss: float | None = None,
 ) -> dict[str, Any]:
     """Fits the refinement of a run to its own segmentation; writes and returns refine.json.
 
@@ -47,6 +58,9 @@ def fit_run(
         split: of its data set; "" for `held_out` where the run held images out, else its
             evaluation split.
         criterion: one of `ablate_config.CRITERIA`; "" for the config's.
+        max_class_loss: by how many points of IoU (per cent) a class may lose by the choice on the
+            split: pixels are kept as they are by class and confidence, see `gate.gated`, so that
+            none loses more. None for whatever is best on the whole.
 
     Raises:
         FileNotFoundError: no such run.
@@ -76,7 +90,7 @@ def fit_run(
             raise UserError(f"{workdir} has no affinity head, so there is nothing to refine with")
         return outputs, outputs.about["step"]
 
-    return _fit(config, workdir, compute, split, criterion)
+    return _fit(config, workdir, compute, split, criterion, max_class_loss)
 
 
 def fit_files(
@@ -85,6 +99,7 @@ def fit_files(
     inputs: foreign_outputs.Inputs,
     form: Form,
     criterion: str = "",
+    max_class_loss: float | None = None,
 ) -> dict[str, Any]:
     """Fits the refinement of a run's affinities to what another network says.
 
@@ -94,6 +109,7 @@ def fit_files(
         inputs: images, results and true label maps.
         form: of the results.
         criterion: as for `fit_run`.
+        max_class_loss: as for `fit_run`.
 
     Raises:
         FileNotFoundError: no such run or folder.
@@ -109,7 +125,8 @@ def fit_files(
             rows = config.eval.batch_size
             return foreign_outputs.compute(workdir, inputs, form, rows, pathlib.Path(folder))
 
-        return _fit(config, workdir, compute, str(inputs.images), criterion)
+        of = str(inputs.images)
+        return _fit(config, workdir, compute, of, criterion, max_class_loss)
 
 
 def _settled(
@@ -131,34 +148,49 @@ def _fit(
     compute: Callable[[], tuple[Outputs, int]],
     split: str,
     criterion: str,
+    max_class_loss: float | None,
 ) -> dict[str, Any]:
+    if max_class_loss is not None and not max_class_loss >= 0:
+        raise UserError(
+            f"--max_class_loss is {max_class_loss}; expected points of IoU, 0 or more, such as 0.5"
+        )
     grid = operators.grid(config.ablate.grid.to_dict())
     outputs, step, histogram = _measured(compute, config.eval.batch_size)
     rows, bias = config.eval.batch_size, metrics.fit_bias(histogram)
     scores = selection_lib.sweep(outputs, grid, bias, rows, config.eval.tolerance)
     choice = selection_lib.choose(grid, [scores], criterion, len(outputs))
-    options = dict(choice.chosen.options)
+    chosen, names = choice.chosen, outputs.source.class_names
+    found = class_losses.compare(outputs, chosen, bias, rows)
+    by_class = {"plain": found.plain, "refined": found.refined}
+    if max_class_loss is not None and chosen != operators.IDENTITY:
+        limit = max_class_loss / 100
+        chosen, by_class["kept"] = class_losses.gated(outputs, chosen, bias, rows, limit, found)
+        scores |= selection_lib.sweep(outputs, [chosen], bias, rows, config.eval.tolerance)
+    options = dict(chosen.options)
     if "bias" in options:
         options["bias"] = np.asarray(operators.resolved(options["bias"], bias)).tolist()
     offsets = outputs.offsets
     assert offsets is not None
     dilations = affinity.distinct_dilations(offsets)
-    content = {
-        "refine": {"name": choice.chosen.operator, **options},
+    content: dict[str, Any] = {
+        "refine": {"name": chosen.operator, **options},
         "step": step,
         "criterion": criterion,
+        "max_class_loss": max_class_loss,
         "split": split,
         "images": len(outputs),
         "bias": dict(zip(map(str, dilations), bias.tolist(), strict=True)),
         "edges": metrics.affinity_summary(histogram, dilations, bias=bias),
         "before": scores[operators.IDENTITY.key],
-        "after": scores[choice.chosen.key],
+        "after": scores[chosen.key],
+        "classes": _classes(by_class, names),
         "candidates": _one_seed(choice.table),
         "provenance": provenance.provenance("numpy"),
     }
     if jax.process_index() == 0:
         path = refinement.write(workdir, content)
         print(_table(content))
+        print(_class_table(content["classes"], options.get("keep"), names))
         print(f"written: {path}")
     return content
 
@@ -208,6 +240,44 @@ def _table(content: Mapping[str, Any]) -> str:
         f"by {content['criterion']}, per cent"
     )
     return reporting.table(title, ["", "mIoU", "boundary F", "trimap mIoU"], rows)
+
+
+def _classes(by_class: Mapping[str, Sides], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """IoU of each class that there is, by result."""
+    ious = {result: of.ious for result, of in by_class.items()}
+    return {
+        name: {result: float(x[i]) for result, x in ious.items()}
+        for i, name in enumerate(names)
+        if not np.isnan(ious["plain"][i])
+    }
+
+
+def _class_table(
+    classes: Mapping[str, Mapping[str, float]], keep: Sequence[float] | None, names: Sequence[str]
+) -> str:
+    """IoU of the classes that propagation changes most, in per cent, those that lose first."""
+    by_change = sorted(classes, key=lambda c: -abs(classes[c]["refined"] - classes[c]["plain"]))
+    shown = sorted(by_change[:_CLASSES], key=lambda c: classes[c]["refined"] - classes[c]["plain"])
+    results = list(next(iter(classes.values()), {}))
+    rows = [[c, *(f"{100 * classes[c][r]:.2f}" for r in results)] for c in shown]
+    columns = ["IoU", *results]
+    if keep is not None:
+        columns.append("left alone")
+        limits = dict(zip(names, keep, strict=True))
+        rows = [[*row, _said(limits[row[0]])] for row in rows]
+    worst = min((classes[c]["refined"] - classes[c]["plain"] for c in classes), default=0.0)
+    table = reporting.table("by class, per cent", columns, rows)
+    if keep is None and worst < -_LOSS:
+        table += (
+            f"\n{shown[0]} loses {-100 * worst:.1f} points; --max_class_loss "
+            f"{100 * _LOSS:g} chooses so that no class loses more than {100 * _LOSS:g}"
+        )
+    return table
+
+
+def _said(keep: float) -> str:
+    """What a number of a gate does, see `gate.kept`."""
+    return {0.0: "all", 1.0: "-"}.get(round(keep, 3), f"above {100 * keep:.0f} %")
 
 
 def has_inputs(*paths: str | None) -> bool:

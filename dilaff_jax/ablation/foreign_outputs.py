@@ -46,6 +46,7 @@ class _Files:
         masks = foreign_files.find(inputs.truth, named, "label map", refine_files.MAP_SUFFIXES)
         self._images, self._masks, self._network = named, masks, net
         self.num_classes = refine_files.num_classes(net, self.results, form)
+        self.class_names = net.classes_for(self.num_classes).names
         self.form = dataclasses.replace(form, num_classes=self.num_classes)
         every = tqdm(range(len(named)), desc="images")
         self.sizes = [self.image(index).shape[:2] for index in every]
@@ -123,7 +124,7 @@ def compute(
     scaled = [round(n * net.resize) for n in size]
     program = jax.jit(lambda variables, x: net.apply(variables, x)[1])
     maps: np.ndarray | None = None
-    every = parallel.share(len(source))
+    every = parallel.share(np.arange(len(source)))
     bar = tqdm(total=len(every), desc="affinities", unit="image", disable=jax.process_index() > 0)
     with bar:
         for start in range(0, len(every), rows):

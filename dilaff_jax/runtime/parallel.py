@@ -7,7 +7,7 @@ it into one over all devices, by `jax.pmap`, by `jax.shard_map`, or, in the mode
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import ml_collections
@@ -21,6 +21,7 @@ from dilaff_jax.runtime import sharding
 from dilaff_jax.schema import Key
 
 AXIS = "batch"
+Items = TypeVar("Items", list[Any], np.ndarray)
 MODES = ("pmap", "shard_map", "fsdp")
 
 KEYS: schema.Section = {
@@ -372,9 +373,9 @@ def agree(failure: Exception | None, what: str) -> None:
         raise UserError(f"{what}: another process of this run could not; its output says why")
 
 
-def share(count: int) -> np.ndarray:
-    """Which of so many items are this process's."""
-    return np.arange(jax.process_index(), count, jax.process_count())
+def share(items: Items) -> Items:
+    """Those of a list or an array that are this process's."""
+    return items[jax.process_index() :: jax.process_count()]
 
 
 def sum_over_processes(tree: Any) -> Any:

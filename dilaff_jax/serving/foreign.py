@@ -39,15 +39,13 @@ def classes(scores: jax.Array, network: Network) -> Classes:
         UserError: the network has a segmentation, of another number of classes.
     """
     count, own = scores.shape[-1], len(network.classes.names)
-    if count == own:
-        return network.classes
-    if network.segmentation:
+    if count != own and network.segmentation:
         hint = ", or channels_first=True for [C, h, w]" if scores.shape[1] == own else ""
         raise UserError(
             f"logits have {count} classes, of shape {scores.shape[1:]}, and this model has {own}; "
             f"give those of the same classes{hint}"
         )
-    return Classes.numbered(count)
+    return network.classes_for(count)
 
 
 def on_canvas(scores: jax.Array, scaled: Sequence[int], canvas: Sequence[int]) -> jax.Array:

@@ -92,6 +92,11 @@ class Network:
         """What an image has outside its content, `[C]`."""
         return augment.padding(self.pad_rgb, self.bands)
 
+    def classes_for(self, count: int) -> Classes:
+        """Those of another network's results of `count` classes: its own, or numbered ones."""
+        own = count == len(self.classes.names)
+        return self.classes if own else Classes.numbered(count)
+
     def images(self, *shape: int) -> jax.ShapeDtypeStruct:
         """A batch of images of (batch, *spatial)."""
         return jax.ShapeDtypeStruct((*shape, self.channels), self.dtype)

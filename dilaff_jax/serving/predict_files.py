@@ -26,6 +26,7 @@ from dilaff_jax.data import bands, folders, source_record, volumes
 from dilaff_jax.data.bands import ARRAY_SUFFIXES
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import parallel
 from dilaff_jax.serving import tile_files
 from dilaff_jax.serving.network import Network
 from dilaff_jax.serving.predictor import PROGRAMS, Predictor, Result
@@ -91,16 +92,16 @@ def predict(predictor: Predictor, source: pathlib.Path, options: Options) -> Sum
         raise UserError(f"temporal propagation was asked for, but {source} holds no video")
     in_tiles = tile_files.InTiles(predictor, options) if options.tile else None
     options.output.mkdir(parents=True, exist_ok=True)
-    first, every = jax.process_index(), jax.process_count()
-    if first == 0:
+    first = jax.process_index() == 0
+    if first:
         write_classes(options.output, predictor.classes)
-    summary = Summary(0, {}, unused(source, options.output, suffixes) if first == 0 else ())
+    summary = Summary(0, {}, unused(source, options.output, suffixes) if first else ())
     stills = by_size({n: p for n, p in files.items() if n not in movies}, predictor.network)
-    stills, clips = stills[first::every], list(movies.items())[first::every]
+    stills, clips = parallel.share(stills), parallel.share(list(movies.items()))
     if in_tiles is not None:
         summary.unplaced = in_tiles.unplaced
     with Writer(options) as writer:
-        for name, path in tqdm(stills, unit="image", disable=not stills or first > 0):
+        for name, path in tqdm(stills, unit="image", disable=not (stills and first)):
             with _reported(path, summary):
                 if in_tiles is not None:
                     in_tiles.predict(name, path)

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from dilaff_jax import metrics
 from dilaff_jax.data import images
-from dilaff_jax.data.class_list import Classes
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.labels import IGNORE_LABEL
@@ -121,14 +120,13 @@ def refine(
     else:
         number = num_classes(network, given, form)
     form = dataclasses.replace(form, num_classes=number)
-    own = number == len(network.classes.names)
-    classes = network.classes if own else Classes.numbered(number)
+    classes = network.classes_for(number)
     options.output.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_classes(options.output, classes)
     every = predict_files.by_size(pictures, network)
     todo = []
-    for name, path in (every[i] for i in parallel.share(len(every))):
+    for name, path in parallel.share(every):
         result = result_name(source, path)
         todo.append(_Item(name, path, given[result], masks.get(result)))
     failure, unplaced, counts = None, [], _nothing(number, truth is not None, tolerance)

@@ -1,0 +1,199 @@
+"""What propagation does to each class, and the gate by which none of them loses.
+
+The gate (`gate.gated`) has one number a class, so each class's pixels can be left alone, wholly or
+where the network is sure of them. Which numbers are best follows from counts of the pixels that
+propagation changes: by the class that they were of, how sure it was, and what became of them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dilaff_jax import metrics, resize
+from dilaff_jax.ablation import operators
+from dilaff_jax.ablation.network_outputs import Outputs
+from dilaff_jax.ablation.operators import IDENTITY, Candidate
+from dilaff_jax.labels import IGNORE_LABEL
+from dilaff_jax.runtime import parallel
+
+# What a gate's numbers may be: 0 leaves a class alone, 1 changes whatever propagation would.
+CONFIDENCES = np.array([0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1], np.float32)
+# How much worse for the choice one class's loss beyond the limit is than the same of the mean.
+_PENALTY = 1e3
+# The gate works on the affinity's grid, the counts are of pixels: what was predicted may be missed
+# a little, and is then asked for more strictly.
+_ROUNDS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Pixels of each class, `[..., C]`: that are right, of it, predicted to be."""
+
+    right: np.ndarray
+    true: np.ndarray
+    predicted: np.ndarray
+
+    @property
+    def ious(self) -> np.ndarray:
+        """`[..., C]`; NaN for a class that is absent."""
+        return metrics.ious(self.right, self.true, self.predicted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """Labelled pixels that propagation changes, L = len(CONFIDENCES).
+
+    Attributes:
+        pixels: `[C, L, C]`, from class a, of a confidence up to CONFIDENCES[l] and above the one
+            before, to class b.
+        were_right: `[C, L, C]`, those of them that are of class a.
+        are_right: `[C, L, C]`, those that are of class b.
+    """
+
+    pixels: np.ndarray
+    were_right: np.ndarray
+    are_right: np.ndarray
+
+    def effects(self) -> tuple[np.ndarray, np.ndarray]:
+        """What changing the pixels of class a up to level l adds to right and predicted.
+
+        `[C, L, C]` each: of a, l, to each class.
+        """
+        classes = range(len(self.pixels))
+        up_to = [np.cumsum(x, axis=1) for x in (self.pixels, self.were_right, self.are_right)]
+        right, predicted = up_to[2].copy(), up_to[0].copy()
+        for a in classes:
+            right[a, :, a] -= up_to[1][a].sum(axis=-1)
+            predicted[a, :, a] -= up_to[0][a].sum(axis=-1)
+        return right, predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """An operator against doing nothing: counts of both results, and of what changes."""
+
+    plain: Sides
+    refined: Sides
+    changed: Changed
+
+
+def compare(outputs: Outputs, candidate: Candidate, bias: np.ndarray, rows: int) -> Compared:
+    """Counts an operator over a split and all processes.
+
+    Args:
+        outputs: of a run with an affinity head.
+        candidate: the operator.
+        bias: the fitted one, one a dilation.
+        rows: images at a time.
+    """
+    classes, levels = outputs.source.num_classes, len(CONFIDENCES)
+    confusions = np.zeros((2, classes, classes), np.int64)
+    changed = np.zeros((3, classes, levels, classes), np.int64)
+    for truth, before, after, sure in _maps(outputs, candidate, bias, rows):
+        labelled = truth != IGNORE_LABEL
+        for confusion, found in zip(confusions, (before, after), strict=True):
+            confusion += metrics.host_confusion(found, truth, classes, labelled)
+        moved = labelled & (before != after)
+        a, b, t = before[moved].astype(np.int64), after[moved], truth[moved]
+        cell = (a * levels + np.searchsorted(CONFIDENCES, sure[moved])) * classes + b
+        for counted, which in zip(changed, (slice(None), t == a, t == b), strict=True):
+            counted += np.bincount(cell[which], minlength=counted.size).reshape(counted.shape)
+    confusions, changed = parallel.sum_over_processes((confusions, changed))
+    plain, refined = (Sides(np.diag(c), c.sum(axis=1), c.sum(axis=0)) for c in confusions)
+    return Compared(plain, refined, Changed(*changed))
+
+
+def best_gate(plain: Sides, changed: Changed, limit: float) -> np.ndarray:
+    """The numbers `[C]` of `CONFIDENCES` with the highest mean IoU by which no class loses more.
+
+    Class by class, from nothing changed and from everything, until no other number of one class is
+    better; the better of both ends.
+
+    Args:
+        plain: of the network's own result.
+        changed: by propagation.
+        limit: by how much a class's IoU may fall.
+    """
+    right, predicted = changed.effects()
+    before, every = plain.ious, np.arange(len(CONFIDENCES))
+    classes = range(len(right))
+
+    def score(right: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        ious = Sides(right, plain.true, predicted).ious
+        # One that is absent has no IoU, until it is predicted: then it has 0.
+        lost = np.nan_to_num(before - ious - limit, nan=0.0)
+        return np.nanmean(ious, axis=-1) - _PENALTY * np.maximum(lost, 0).sum(axis=-1)
+
+    ends = []
+    for start in (0, len(CONFIDENCES) - 1):
+        level = np.full(len(right), start)
+        best = -np.inf
+        while True:
+            for c in classes:
+                others = [k for k in classes if k != c]
+                fixed = plain.right + right[others, level[others]].sum(axis=0)
+                guessed = plain.predicted + predicted[others, level[others]].sum(axis=0)
+                scores = score(fixed + right[c, every], guessed + predicted[c, every])
+                # Of equals the one that changes most, so that nothing is held for nothing.
+                level[c] = len(every) - 1 - int(np.argmax(scores[::-1]))
+            reached = float(scores[level[c]])
+            if reached <= best:
+                break
+            best = reached
+        ends.append((best, level))
+    return CONFIDENCES[max(ends, key=lambda end: end[0])[1]]
+
+
+def gated(
+    outputs: Outputs,
+    candidate: Candidate,
+    bias: np.ndarray,
+    rows: int,
+    limit: float,
+    found: Compared,
+) -> tuple[Candidate, Sides]:
+    """The operator behind the best gate by which no class loses more than `limit`; its counts.
+
+    Counted with the gate in its place, so that it holds. `IDENTITY` where no gate was found.
+
+    Args:
+        outputs: as for `compare`, like the next three.
+        candidate: the operator.
+        bias: the fitted one.
+        rows: images at a time.
+        limit: by how much a class's IoU may fall.
+        found: without a gate.
+    """
+    asked = limit
+    for _ in range(_ROUNDS):
+        keep = best_gate(found.plain, found.changed, asked)
+        options = (*candidate.options, ("keep", tuple(map(float, keep))))
+        held = Candidate(candidate.operator, options)
+        of = compare(outputs, held, bias, rows).refined
+        beyond = float(np.nanmax(found.plain.ious - of.ious)) - limit
+        if beyond <= 0:
+            return held, of
+        asked -= beyond
+    return IDENTITY, found.plain
+
+
+def _maps(
+    outputs: Outputs, candidate: Candidate, bias: np.ndarray, rows: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each image: truth, labels before and after, and how sure the network was of the first."""
+    results = operators.refined_labels(outputs, [candidate], bias, rows)
+    for batch, (indices, after) in zip(outputs.batches(rows), results, strict=True):
+        before, sure = jax.device_get(_plain(batch.logits, outputs.size))
+        for i, index in enumerate(map(int, indices)):
+            plain, refined, certain = (outputs.cut(x[i], index) for x in (before, after[0], sure))
+            yield outputs.source[index]["label"], plain, refined, certain
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def _plain(logits: jax.Array, size: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    probs = jax.nn.softmax(resize.bilinear(logits, size))
+    return probs.argmax(axis=-1).astype(jnp.uint8), probs.max(axis=-1)
