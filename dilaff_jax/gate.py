@@ -58,7 +58,9 @@ def kept(
             f"refine.keep has {limits.size} numbers, and the probabilities are of "
             f"{probs.shape[-1]} classes; give one for each class, or None"
         )
-    return jnp.any((probs == probs.max(axis=-1, keepdims=True)) & (probs > limits), axis=-1)
+    likeliest = probs == probs.max(axis=-1, keepdims=True)
+    # As a maximum of numbers, which every format of an exported file has.
+    return jnp.where(likeliest, probs - limits, -1).max(axis=-1) > 0
 
 
 def _checked(keep: ArrayLike) -> np.ndarray:

@@ -10,6 +10,7 @@ What is where:
     network_outputs.py  what a trained network says of a split, computed once and kept
     operators.py        what may be done with it: the grid of operators, swept in compiled batches
     baseline_outputs.py the baselines that are guided by colour: DenseCRF and PAMR
+    class_losses.py     what an operator does to each class, and the gate that keeps it from losing
     selection.py        which candidate is taken, by the selection split alone
     counts.py           counts image by image, and all figures from weighted sums of them
     statistics.py       mean ± std, paired differences, intervals over seeds and over images

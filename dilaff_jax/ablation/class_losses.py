@@ -1,12 +1,13 @@
 """What propagation does to each class, and the gate by which none of them loses.
 
 The gate (`gate.gated`) has one number a class, so each class's pixels can be left alone, wholly or
-where the network is sure of them. Which numbers are best follows from counts of the pixels that
+where the network is sure of them. Which numbers do follows from counts of the pixels that
 propagation changes: by the class that they were of, how sure it was, and what became of them.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -22,8 +23,8 @@ from dilaff_jax.runtime import parallel
 
 # What a gate's numbers may be: 0 leaves a class alone, 1 changes whatever propagation would.
 CONFIDENCES = np.array([0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1], np.float32)
-# How much worse for the choice one class's loss beyond the limit is than the same of the mean.
-_PENALTY = 1e3
+# A loss of one class beyond the limit, of 0.001 points of IoU, is as bad as holding all changes.
+_PENALTY = 1e5
 # The gate works on the affinity's grid, the counts are of pixels: what was predicted may be missed
 # a little, and is then asked for more strictly.
 _ROUNDS = 6
@@ -108,10 +109,11 @@ def compare(outputs: Outputs, candidate: Candidate, bias: np.ndarray, rows: int)
 
 
 def best_gate(plain: Sides, changed: Changed, limit: float) -> np.ndarray:
-    """The numbers `[C]` of `CONFIDENCES` with the highest mean IoU by which no class loses more.
+    """The numbers `[C]` of `CONFIDENCES` that hold back the fewest changes so that none loses more.
 
-    Class by class, from nothing changed and from everything, until no other number of one class is
-    better; the better of both ends.
+    The operator was chosen for what it does on the whole, so no more of it is taken away than a
+    class needs. Two classes at a time, from nothing changed and from everything, until no other
+    numbers of two are better; the better of both ends.
 
     Args:
         plain: of the network's own result.
@@ -119,28 +121,34 @@ def best_gate(plain: Sides, changed: Changed, limit: float) -> np.ndarray:
         limit: by how much a class's IoU may fall.
     """
     right, predicted = changed.effects()
-    before, every = plain.ious, np.arange(len(CONFIDENCES))
-    classes = range(len(right))
+    done = np.cumsum(changed.pixels.sum(axis=-1), axis=1)
+    held = (done[:, -1:] - done) / max(done[:, -1].sum(), 1)
+    before, last = plain.ious, len(CONFIDENCES) - 1
+    effects = np.stack([right, predicted], axis=2)  # [C, L, 2, C]
 
-    def score(right: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        ious = Sides(right, plain.true, predicted).ious
-        # One that is absent has no IoU, until it is predicted: then it has 0.
+    def score(sums: np.ndarray, held: np.ndarray) -> np.ndarray:
+        ious = Sides(sums[..., 0, :], plain.true, sums[..., 1, :]).ious
+        # One that is absent has no IoU to lose.
         lost = np.nan_to_num(before - ious - limit, nan=0.0)
-        return np.nanmean(ious, axis=-1) - _PENALTY * np.maximum(lost, 0).sum(axis=-1)
+        return -held - _PENALTY * np.maximum(lost, 0).sum(axis=-1)
 
     ends = []
-    for start in (0, len(CONFIDENCES) - 1):
-        level = np.full(len(right), start)
-        best = -np.inf
+    for start in (0, last):
+        level, best = np.full(len(right), start), -np.inf
         while True:
-            for c in classes:
-                others = [k for k in classes if k != c]
-                fixed = plain.right + right[others, level[others]].sum(axis=0)
-                guessed = plain.predicted + predicted[others, level[others]].sum(axis=0)
-                scores = score(fixed + right[c, every], guessed + predicted[c, every])
-                # Of equals the one that changes most, so that nothing is held for nothing.
-                level[c] = len(every) - 1 - int(np.argmax(scores[::-1]))
-            reached = float(scores[level[c]])
+            for pair in itertools.combinations(range(len(right)), 2):
+                first, second = pair
+                others = np.delete(np.arange(len(right)), pair)
+                rest = effects[others, level[others]].sum(axis=0)
+                rest = rest + np.stack([plain.right, plain.predicted])
+                # Every level of the first with every one of the second.
+                sums = rest + effects[first][:, None] + effects[second][None]
+                of_both = held[first][:, None] + held[second][None]
+                scores = score(sums, held[others, level[others]].sum() + of_both)
+                # Of equals the last, so that nothing is held for nothing.
+                at = scores.size - 1 - int(np.argmax(scores.ravel()[::-1]))
+                level[first], level[second] = np.unravel_index(at, scores.shape)
+            reached = float(scores.ravel()[at])
             if reached <= best:
                 break
             best = reached
@@ -158,7 +166,8 @@ def gated(
 ) -> tuple[Candidate, Sides]:
     """The operator behind the best gate by which no class loses more than `limit`; its counts.
 
-    Counted with the gate in its place, so that it holds. `IDENTITY` where no gate was found.
+    The operator itself where none loses more. With a gate it is counted with it in its place, so
+    that it holds; `IDENTITY` where no such gate was found.
 
     Args:
         outputs: as for `compare`, like the next three.
@@ -168,17 +177,24 @@ def gated(
         limit: by how much a class's IoU may fall.
         found: without a gate.
     """
+    if _beyond(found.plain, found.refined, limit) <= 0:
+        return candidate, found.refined
     asked = limit
     for _ in range(_ROUNDS):
         keep = best_gate(found.plain, found.changed, asked)
         options = (*candidate.options, ("keep", tuple(map(float, keep))))
         held = Candidate(candidate.operator, options)
         of = compare(outputs, held, bias, rows).refined
-        beyond = float(np.nanmax(found.plain.ious - of.ious)) - limit
+        beyond = _beyond(found.plain, of, limit)
         if beyond <= 0:
             return held, of
         asked -= beyond
     return IDENTITY, found.plain
+
+
+def _beyond(plain: Sides, of: Sides, limit: float) -> float:
+    """By how much the class that loses most loses more than it may."""
+    return float(np.nanmax(plain.ious - of.ious)) - limit
 
 
 def _maps(
