@@ -82,7 +82,7 @@ def signed(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(q: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return jax.nn.softmax(unary + _weighted_sum(q, weights, offsets)), None
+        return jax.nn.softmax(unary + weighted_sum(q, weights, offsets)), None
 
     return jax.lax.scan(step, start, length=steps, unroll=_unroll(form))[0][..., : probs.shape[-1]]
 
@@ -158,7 +158,7 @@ def _normalise(total: jax.Array, self_weight: ArrayLike) -> tuple[jax.Array, jax
     return 1 / whole, jnp.where(alone, 1, self_weight / whole)
 
 
-def _weighted_sum(
+def weighted_sum(
     p: jax.Array, weights: Sequence[jax.Array] | jax.Array, offsets: Offsets
 ) -> jax.Array:
     """Σ_o weights[i,o]·p[i+o], zero outside."""
@@ -184,9 +184,9 @@ def _joint(
     scale, own = _normalise(_inside_sum(weights, offsets, form), self_weight)
     if form == "apart":  # multiplied as they are cut out: one pass
         shares = _split(weights * scale, form)
-        return lambda p: own * p + _weighted_sum(p, shares, offsets)
+        return lambda p: own * p + weighted_sum(p, shares, offsets)
     # Neighbours outside read the zeros that pad p, so their weights need not be set to 0.
-    return lambda p: own * p + scale * _weighted_sum(p, weights, offsets)
+    return lambda p: own * p + scale * weighted_sum(p, weights, offsets)
 
 
 def _sweep(
