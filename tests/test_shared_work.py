@@ -115,6 +115,7 @@ def test_two_processes_fit_what_one_does(what, trained, files, tmp_path):
         options = ["--config=tests/tiny_config.py", f"--config.data.data_dir={data_dir}"]
     else:
         run, options = tiny_run.write(tmp_path / "run"), given(files)
+    options.append("--max_class_loss=0")
     alone, together = (
         fitted(shutil.copytree(run, tmp_path / name), start_all, *options)
         for name, start_all in (("alone", lambda *o: [start(*o, devices=4)]), ("two", pair))
@@ -122,6 +123,12 @@ def test_two_processes_fit_what_one_does(what, trained, files, tmp_path):
     assert together["images"] == alone["images"] == (7 if what == "split" else 3)
     assert together["bias"] == pytest.approx(alone["bias"], abs=1e-3)
     assert together["before"] == pytest.approx(alone["before"], abs=1e-3)
+
+    assert together["classes"].keys() == alone["classes"].keys()
+    for name, of in alone["classes"].items():
+        assert together["classes"][name]["plain"] == pytest.approx(of["plain"], abs=1e-3)
+    # What each process had of the split is gone with it.
+    assert not list((tmp_path / "two").glob("analysis/*process*"))
 
     def by_options(content):
         return {

@@ -11,6 +11,7 @@ images.
 """
 
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -187,6 +188,8 @@ def _fit(
         "candidates": _one_seed(choice.table),
         "provenance": provenance.provenance("numpy"),
     }
+    if jax.process_count() > 1:  # each made its own anew, and nobody reads them again
+        shutil.rmtree(outputs.folder)
     if jax.process_index() == 0:
         path = refinement.write(workdir, content)
         print(_table(content))
