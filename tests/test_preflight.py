@@ -296,7 +296,7 @@ def _until(true, seconds: float) -> None:
 
 
 def test_figures_are_written_as_they_come_and_a_search_may_be_stopped(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, caplog
 ):
     config = tiny_config.get_config()
     config.data.data_dir = str(tmp_path / "none")
@@ -317,7 +317,10 @@ def test_figures_are_written_as_they_come_and_a_search_may_be_stopped(
     asked.clear()
     monkeypatch.setattr(run, "largest", _interrupted)
     last = ""
-    report = run.run(config, tmp_path, "auto")
+    monkeypatch.setattr(run.chips, "compiler_fault", lambda device: "a compiler that fails")
+    with caplog.at_level("WARNING", logger="absl"):
+        report = run.run(config, tmp_path, "auto")
+    assert caplog.messages == ["a compiler that fails"]
     assert list(report["programs"]) == ["training step", "eval step", "propagation"]
     assert report == json.loads((tmp_path / "preflight.json").read_text())
     assert "without the largest batch" in capsys.readouterr().out

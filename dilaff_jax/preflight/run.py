@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from absl import logging
 
 from dilaff_jax.data import datasets, pipeline
 from dilaff_jax.preflight.apart import Source, measure
@@ -61,6 +62,8 @@ def run(
     slice_devices = chips.devices(topology)
     chip, count = chips.of(slice_devices[0]), len(slice_devices)
     print(_heading(topology, chip, count), flush=True)
+    if fault := chips.compiler_fault(slice_devices[0]):
+        logging.warning("%s", fault)
     limit = memory_limit(chip, slice_devices)
 
     def need(name: str, rows: int) -> Footprint:

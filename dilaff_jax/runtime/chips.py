@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import jax
-from absl import logging
 from packaging.version import Version
 
 from dilaff_jax.errors import UserError
@@ -117,9 +116,6 @@ def devices(topology: str) -> list[Any]:
             "so sides are even: v5e:2x2, v5e:4x4, v4:2x2x4; or one chip: v5e:1x1. If the name is "
             f"right, install the libtpu that belongs to JAX {jax.__version__}: {EXTRA}"
         ) from error
-    fault = compiler_fault(slice_.devices[0])
-    if fault:
-        logging.warning("%s", fault)
     return list(slice_.devices)
 
 
