@@ -56,7 +56,8 @@ def kept(
     if limits.shape != probs.shape[-1:]:
         raise UserError(
             f"refine.keep has {limits.size} numbers, and the probabilities are of "
-            f"{probs.shape[-1]} classes; give one for each class, or None"
+            f"{probs.shape[-1]} classes; give one for each class, or None (--refine=config does "
+            "without what --mode fit chose)"
         )
     likeliest = probs == probs.max(axis=-1, keepdims=True)
     # As a maximum of numbers, which every format of an exported file has.
