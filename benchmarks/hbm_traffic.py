@@ -133,7 +133,9 @@ def main() -> None:
     devices = Devices("shard_map", compile_for=chips.devices("v5e:1x1"))
     about = timing.provenance("flax", "libtpu")
     for name in (args.only,) if args.only else PARTS:
-        found = measure(name, PARTS[name](devices), ROWS, None)
+        print(f"compiling the {name} ...", end=" ", flush=True)
+        found = measure(PARTS[name](devices), ROWS, None)
+        print(f"{found.compile_seconds:.0f} s", flush=True)
         new = row(name, found) | {"commit": about["commit"], "versions": about["versions"]}
         rows = [r for r in rows if (r["part"], r["commit"]) != (name, about["commit"])] + [new]
         timing.write(
