@@ -222,7 +222,7 @@ CONFIGS = cases(
     (
         "option of another operator",
         {"refine.name": "random_walk"},
-        "operator 'random_walk' has no option 'strength'; allowed: bias, steps, sharpness, "
+        "operator 'random_walk' has no option 'strength'; allowed: bias, keep, steps, sharpness, "
         "threshold, self_weight, restart, order, backend",
     ),
 )

@@ -361,7 +361,7 @@ NO_INTEGERS = "labels have dtype float64; expected integer class indices"
         (lambda: propagate.signed(LOGITS, EDGES, OFFSETS, steps="many"), "steps is 'many'; expected a whole number, zero or more"),
         (lambda: propagate.signed(LOGITS, EDGES, OFFSETS, strength="much"), "strength is 'much'; expected a number, or an array of them"),
         (lambda: propagate.signed(LOGITS, EDGES[..., :8], OFFSETS), "affinity_logits has shape (1, 4, 4, 8); expected (1, 4, 4, 16): probs has shape (1, 4, 4, 3) and there are 16 offsets"),
-        (lambda: propagate.operator("signed", strenght=1), "operator 'signed' has no option 'strenght'; allowed: bias, steps, strength, repulsion, backend"),
+        (lambda: propagate.operator("signed", strenght=1), "operator 'signed' has no option 'strenght'; allowed: bias, keep, steps, strength, repulsion, backend"),
         (lambda: dilaff_jax.refine(LOGITS, EDGES[0], offsets=OFFSETS), "affinity_logits has shape (4, 4, 16); expected [B, *spatial, K], 2 spatial axes"),
     ],
 )  # fmt: skip
