@@ -49,6 +49,18 @@ def test_sliders_change_the_refinement(viewer):
     assert np.mean(viewer.result(walk).labels != result.plain) > 0
 
 
+def test_the_page_keeps_the_pixels_that_a_gate_keeps(viewer, tiny_run):
+    keep = [0.3] * len(dilaff_jax.load(tiny_run).network.classes.names)
+    model = dilaff_jax.load(tiny_run, refine={"name": "signed", "strength": 2.0, "keep": keep})
+    gated = view_state.Viewer(
+        model, ["one"], lambda i: view_state.Picture("one", IMAGE, TRUTH, IMAGE)
+    )
+    found = gated.result(gated.initial())
+    np.testing.assert_array_equal(found.labels, model(IMAGE).labels)
+    strong = view_state.dataclasses.replace(viewer.initial(), strength=2.0)
+    assert (found.labels != viewer.result(strong).labels).any()
+
+
 def test_the_page_begins_with_what_was_fitted(viewer, tiny_run):
     """A bias for each dilation, and options that have no slider."""
     refine = {"name": "signed", "steps": 2, "bias": [0.5, -1.0], "repulsion": 0.25}

@@ -116,7 +116,12 @@ class Viewer:
         given = {k: v for k, v in refine.items() if k in known and np.ndim(v) == 0}
         if np.ndim(refine.get("bias", 0.0)):
             given["fitted"] = tuple(map(float, np.asarray(refine["bias"])))
-        others = tuple((k, v) for k, v in refine.items() if k not in known | {"name"})
+        others = tuple(
+            # Results are kept by their settings, so these have to be hashable.
+            (k, tuple(v) if np.ndim(v) else v)
+            for k, v in refine.items()
+            if k not in known | {"name"}
+        )
         return dataclasses.replace(
             settings, operator=refine["name"], others=(refine["name"], others), **given
         )
