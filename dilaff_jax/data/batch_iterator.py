@@ -1,12 +1,9 @@
 """Iterators over batches: made ahead by Grain's workers, and ahead on the device."""
 
 import collections
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import signal
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import machine
 
 ENDLESS = 1 << 62
 Batch = dict[str, np.ndarray]
@@ -132,14 +130,7 @@ def _init_worker(index: int, count: int) -> None:
     cv2.setNumThreads(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
+    machine.end_with_parent()
 
 
 def _check_shared_memory(batch_at: BatchAt, workers: int, prefetch: int) -> None:

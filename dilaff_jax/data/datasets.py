@@ -1,7 +1,6 @@
 """Prepared data sets as random-access sources, found by name."""
 
 import dataclasses
-import functools
 import importlib
 import os
 import pathlib
@@ -21,6 +20,7 @@ from dilaff_jax.data.bands import resized as resized_bands
 from dilaff_jax.data.builder import SegmentationBuilder
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import machine
 
 _COLOURS, _BYTES = 3, np.dtype(np.uint8)  # of an image without bands
 
@@ -368,17 +368,12 @@ def _check_hold_out(config: Any, names: Sequence[str], keep: np.ndarray, split: 
         )
 
 
-@functools.cache
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _check_cache(source: Source, config: Any) -> None:
     pixel = source.channels * source.dtype.itemsize + 1
     needed = pixel * int(source.sizes.prod(axis=1).sum()) * max(1, config.workers)
-    if source.cache and needed > 0.7 * _memory():
+    if source.cache and needed > 0.7 * machine.memory():
         raise UserError(
             f"config.data.cache=True needs {needed / 2**30:.1f} GiB for {source.title} with "
-            f"workers={config.workers}, this machine has {_memory() / 2**30:.1f} GiB; turn it "
-            "off, lower workers or lower resize"
+            f"workers={config.workers}, this machine has {machine.memory() / 2**30:.1f} GiB; turn "
+            "it off, lower workers or lower resize"
         )

@@ -6,9 +6,7 @@ nothing, and one that is too much ends its own process only.
 
 import dataclasses
 import multiprocessing
-import os
 import signal
-import threading
 from multiprocessing import connection
 
 import jax
@@ -17,7 +15,7 @@ import ml_collections
 from dilaff_jax.errors import UserError
 from dilaff_jax.preflight.footprint import Footprint
 from dilaff_jax.preflight.programs import Programs
-from dilaff_jax.runtime import chips
+from dilaff_jax.runtime import chips, machine
 from dilaff_jax.runtime.parallel import Devices
 
 
@@ -83,18 +81,11 @@ def measure(source: Source, name: str, rows: int, limit: float | None) -> Footpr
 def _send(
     sender: connection.Connection, source: Source, name: str, rows: int, limit: float | None
 ) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    machine.end_with_parent()
     try:
         sender.send(source.programs().measure(name, rows, limit))
     except UserError as error:
         sender.send(error)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _ended(name: str, code: int | None) -> str:
@@ -104,7 +95,7 @@ def _ended(name: str, code: int | None) -> str:
         )
     ended = f"the compiler of the {name} was ended by {signal.Signals(-code).name}"
     if code == -signal.SIGKILL:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / chips.GIB
+        memory = machine.memory() / chips.GIB
         return (
             f"{ended}: most likely it needed more memory than this machine has ({memory:.0f} GiB). "
             "Stop what else runs here, or compile on a machine with more"

@@ -9,6 +9,7 @@ preemption.py   requests to stop: what is done is saved first
 provenance.py   with what and where a number was made
 cost.py         parameters, FLOPs, memory and time of a program
 chips.py        what chips have: memory, FLOP/s, bandwidth; slices to compile for
+machine.py      its memory; processes that end with the one that started them
 sharding.py     which pieces of a state lie where, in the mode "fsdp"
 goodput.py      where the time of a run goes
 """

@@ -11,6 +11,7 @@ import jax
 from packaging.version import Version
 
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import machine
 
 GIB = 2**30
 EXTRA = "pip install 'dilaff-jax[preflight]' (or: pip install 'jax[tpu]')"
@@ -60,7 +61,7 @@ def of(device: jax.Device) -> Chip:
     if device.device_kind in CHIPS:
         return CHIPS[device.device_kind]
     if device.platform == "cpu":
-        return Chip(device.device_kind, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return Chip(device.device_kind, machine.memory())
     return Chip(device.device_kind, (device.memory_stats() or {}).get("bytes_limit"))
 
 

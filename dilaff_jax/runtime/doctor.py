@@ -13,7 +13,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import chips, parallel
+from dilaff_jax.runtime import chips, machine, parallel
 
 DISTRIBUTION = "dilaff-jax"
 _GB = 1e9
@@ -160,8 +160,7 @@ def devices() -> Iterator[Finding]:
 def memory() -> Iterator[Finding]:
     """Cores and memory of the machine, and what processes share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("cores, memory", f"{cores}, {_gigabytes(whole)}")
+    yield Finding("cores, memory", f"{cores}, {_gigabytes(machine.memory())}")
     shared = pathlib.Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
