@@ -6,6 +6,7 @@ arrays are `[..., *spatial]` or `[..., *spatial, channels]`.
 """
 
 import functools
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -27,6 +28,7 @@ from dilaff_jax.neighbourhood import (
 
 __all__ = [
     "check_offsets",
+    "check_shapes",
     "close_void",
     "dilation_of",
     "distinct_dilations",
@@ -37,6 +39,7 @@ __all__ = [
     "neighbours_by_product",
     "offsets",
     "pair_weights",
+    "per_offset",
     "places",
     "shift",
     "soft_targets",
@@ -323,6 +326,56 @@ def mirror(
         return shift(half[..., own[opposite[k]]][..., None], rows[k])
 
     return jnp.concatenate([channel(k) for k in range(len(rows))], axis=-1)
+
+
+def per_offset(bias: ArrayLike, offsets: Int[np.ndarray, " K ndim"]) -> Float[Array, " K"]:
+    """Spreads a scalar, one value a dilation `[D]`, or one an offset `[K]`, to `[K]`.
+
+    Raises:
+        UserError: `bias` has another shape.
+    """
+    bias = jnp.asarray(bias, jnp.float32)
+    dilation, present = dilation_of(offsets), distinct_dilations(offsets)
+    if bias.shape in ((), dilation.shape):
+        return jnp.broadcast_to(bias, dilation.shape)
+    if bias.shape != (len(present),):
+        raise UserError(
+            f"bias has shape {bias.shape}; expected a scalar, [{len(present)}] (one a dilation) or "
+            f"[{len(dilation)}] (one an offset)"
+        )
+    return bias[np.array([present.index(d) for d in dilation])]
+
+
+def check_shapes(
+    probs: jax.Array, guide: jax.Array, offsets: np.ndarray, steps: int, name: str
+) -> tuple[tuple[int, ...], ...]:
+    """Returns the offsets as a hashable constant.
+
+    Args:
+        probs: `[B, *spatial, C]`.
+        guide: affinities or their logits, `[B, *spatial, K]`.
+        offsets: `[K, ndim]`.
+        steps: how many a propagation takes.
+        name: of the guide, for messages.
+
+    Raises:
+        UserError: shapes that do not match, or a number of steps that cannot be.
+    """
+    rows = check_offsets(offsets)
+    k, ndim = rows.shape
+    if probs.ndim != ndim + 2:
+        raise UserError(
+            f"probs has shape {probs.shape}; offsets of {ndim} dimensions need "
+            f"{ndim + 2} axes [B, *spatial, C]"
+        )
+    if guide.shape != (*probs.shape[:-1], k):
+        raise UserError(
+            f"{name} has shape {guide.shape}; expected {(*probs.shape[:-1], k)}: probs has shape "
+            f"{probs.shape} and there are {k} offsets"
+        )
+    if not (isinstance(steps, numbers.Real) and steps >= 0 and steps % 1 == 0):
+        raise UserError(f"steps is {steps!r}; expected a whole number, zero or more")
+    return tuple(tuple(int(x) for x in row) for row in rows)
 
 
 def _check_labels(labels: ArrayLike, ndim: int) -> jax.Array:

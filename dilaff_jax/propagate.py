@@ -8,7 +8,6 @@ each neighbour i + o. The steps themselves are in `kernels`: `kernels.xla` for e
 
 import functools
 import inspect
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -19,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Real
 
 from dilaff_jax import gate, references, resize
-from dilaff_jax.affinity import check_offsets, dilation_of, distinct_dilations
+from dilaff_jax.affinity import check_offsets, check_shapes, per_offset
 from dilaff_jax.errors import UserError
 from dilaff_jax.kernels import backends, xla
 from dilaff_jax.kernels.backends import Backend
@@ -73,7 +72,7 @@ def random_walk(
             (outside `jit`) a value out of range or not finite.
     """
     probs, affinity = jnp.asarray(probs), jnp.asarray(affinity)
-    static = _check_shapes(probs, affinity, offsets, steps, "affinity")
+    static = check_shapes(probs, affinity, offsets, steps, "affinity")
     check_range("probs", probs, -np.inf, np.inf)
     check_range("affinity", affinity, 0, 1, "pass jax.nn.sigmoid(affinity_logits)")
     check_range("sharpness", sharpness, float(np.finfo(np.float32).tiny), np.inf)
@@ -128,7 +127,7 @@ def signed(
             (outside `jit`) a value out of range or not finite.
     """
     probs, affinity_logits = jnp.asarray(probs), jnp.asarray(affinity_logits)
-    static = _check_shapes(probs, affinity_logits, offsets, steps, "affinity_logits")
+    static = check_shapes(probs, affinity_logits, offsets, steps, "affinity_logits")
     check_range("probs", probs, 0, np.inf)
     check_range("affinity_logits", affinity_logits, -np.inf, np.inf)
     check_range("strength", strength, 0, np.inf)
@@ -140,24 +139,6 @@ def signed(
         affinity_logits = xla.votes(affinity_logits, biases, repulsion)
         biases = jnp.zeros_like(biases)
     return _signed(probs, affinity_logits, strength, biases, static, steps, backend)
-
-
-def per_offset(bias: ArrayLike, offsets: Int[np.ndarray, " K ndim"]) -> Float[Array, " K"]:
-    """Spreads a scalar, one value a dilation `[D]`, or one an offset `[K]`, to `[K]`.
-
-    Raises:
-        UserError: `bias` has another shape.
-    """
-    bias = jnp.asarray(bias, jnp.float32)
-    dilation, present = dilation_of(offsets), distinct_dilations(offsets)
-    if bias.shape in ((), dilation.shape):
-        return jnp.broadcast_to(bias, dilation.shape)
-    if bias.shape != (len(present),):
-        raise UserError(
-            f"bias has shape {bias.shape}; expected a scalar, [{len(present)}] (one a dilation) or "
-            f"[{len(dilation)}] (one an offset)"
-        )
-    return bias[np.array([present.index(d) for d in dilation])]
 
 
 def operator(
@@ -358,24 +339,3 @@ def _by_platform(operator: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
 def _or_none(option: ArrayLike, neutral: float) -> ArrayLike | None:
     """None for a number that changes nothing, so that its pass over the maps is not compiled in."""
     return None if isinstance(option, int | float) and option == neutral else option
-
-
-def _check_shapes(
-    probs: jax.Array, guide: jax.Array, offsets: np.ndarray, steps: int, name: str
-) -> Offsets:
-    """Returns the offsets as a hashable constant, or raises UserError for what does not fit."""
-    rows = check_offsets(offsets)
-    k, ndim = rows.shape
-    if probs.ndim != ndim + 2:
-        raise UserError(
-            f"probs has shape {probs.shape}; offsets of {ndim} dimensions need "
-            f"{ndim + 2} axes [B, *spatial, C]"
-        )
-    if guide.shape != (*probs.shape[:-1], k):
-        raise UserError(
-            f"{name} has shape {guide.shape}; expected {(*probs.shape[:-1], k)}: probs has shape "
-            f"{probs.shape} and there are {k} offsets"
-        )
-    if not (isinstance(steps, numbers.Real) and steps >= 0 and steps % 1 == 0):
-        raise UserError(f"steps is {steps!r}; expected a whole number, zero or more")
-    return tuple(tuple(int(x) for x in row) for row in rows)

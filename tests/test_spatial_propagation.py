@@ -94,6 +94,11 @@ def test_it_is_an_operator_with_a_bias_by_its_name():
     np.testing.assert_array_equal(
         by_name(probs, guide, offsets), baselines.cspn(probs, guide - 0.5, offsets, steps=2)
     )
+    # As --mode fit writes it: one a dilation.
+    np.testing.assert_array_equal(
+        baselines.cspn(probs, guide, offsets, bias=[0.5, -1.0]),
+        baselines.cspn(probs, guide, offsets, bias=np.repeat([0.5, -1.0], 8)),
+    )
     each = np.linspace(-1, 1, len(offsets))
     np.testing.assert_allclose(
         baselines.cspn(probs, guide, offsets, bias=each),
@@ -131,8 +136,11 @@ def test_a_network_learns_its_weights_through_it_alone():
     [
         ({"steps": -1}, "steps is -1; expected a whole number"),
         ({"steps": 1.5}, r"steps is 1.5; expected a whole number"),
-        ({"bias": np.zeros(2)}, r"bias has shape \(2,\); expected a number, or one an offset \[16"),
-        ({"guide": np.zeros((2, 9, 7, 3))}, r"expected .*\[B, \*spatial, 16\] of 2 dimensions"),
+        ({"bias": np.zeros(3)}, r"bias has shape \(3,\); expected a scalar, \[2\] .* or \[16\]"),
+        (
+            {"guide": np.zeros((2, 9, 7, 3))},
+            r"affinity_logits has shape \(2, 9, 7, 3\); expected \(2, 9, 7, 16\)",
+        ),
         ({"guide": np.full((2, 9, 7, 16), np.nan)}, "affinity_logits holds NaN or infinity"),
         ({"probs": np.full((2, 9, 7, 4), -1.0)}, r"probs has values in \[-1, -1\]"),
     ],

@@ -9,8 +9,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
 from dilaff_jax import affinity
-from dilaff_jax.affinity import check_offsets
-from dilaff_jax.errors import UserError
 from dilaff_jax.kernels import xla
 from dilaff_jax.kernels.xla import Offsets
 from dilaff_jax.numerics import check_range, log_probs
@@ -40,7 +38,7 @@ def cspn(
         affinity_logits: ℓ, `[B, *spatial, K]`, finite.
         offsets: `[K, ndim]`, from `affinity.offsets`.
         steps: T ≥ 0.
-        bias: b, a number, or one an offset `[K]`.
+        bias: b, see `propagate.signed`.
 
     Returns:
         float32 `[B, *spatial, C]`, on the simplex.
@@ -49,22 +47,11 @@ def cspn(
         UserError: shapes that do not match; outside `jit`, a value out of range or not finite.
     """
     probs, logits = jnp.asarray(probs), jnp.asarray(affinity_logits)
-    rows = tuple(tuple(int(x) for x in row) for row in check_offsets(offsets))
-    if probs.ndim != len(rows[0]) + 2 or logits.shape != (*probs.shape[:-1], len(rows)):
-        raise UserError(
-            f"probs has shape {probs.shape} and affinity_logits {logits.shape}; expected "
-            f"[B, *spatial, C] and [B, *spatial, {len(rows)}] of {len(rows[0])} dimensions"
-        )
-    if np.shape(bias) not in ((), (len(rows),)):
-        raise UserError(
-            f"bias has shape {np.shape(bias)}; expected a number, or one an offset [{len(rows)}]"
-        )
-    if int(steps) != steps or steps < 0:
-        raise UserError(f"steps is {steps}; expected a whole number, zero or more")
+    rows = affinity.check_shapes(probs, logits, offsets, steps, "affinity_logits")
     check_range("probs", probs, 0, np.inf)
     check_range("affinity_logits", logits, -np.inf, np.inf)
     check_range("bias", bias, -np.inf, np.inf)
-    return _cspn(probs, logits - jnp.asarray(bias, jnp.float32), rows, int(steps))
+    return _cspn(probs, logits - affinity.per_offset(bias, offsets), rows, int(steps))
 
 
 @functools.partial(jax.jit, static_argnames=("offsets", "steps"))
