@@ -6,16 +6,13 @@ propagation changes: by the class that they were of, how sure it was, and what b
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dilaff_jax import metrics, resize
-from dilaff_jax.ablation import operators
+from dilaff_jax import metrics
+from dilaff_jax.ablation import network_outputs, operators
 from dilaff_jax.ablation.network_outputs import Outputs
 from dilaff_jax.ablation.operators import IDENTITY, Candidate
 from dilaff_jax.labels import IGNORE_LABEL
@@ -201,15 +198,10 @@ def _maps(
     outputs: Outputs, candidate: Candidate, bias: np.ndarray, rows: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Of each image: truth, labels before and after, and how sure the network was of the first."""
-    results = operators.refined_labels(outputs, [candidate], bias, rows)
-    for batch, (indices, after) in zip(outputs.batches(rows), results, strict=True):
-        before, sure = jax.device_get(_plain(batch.logits, outputs.size))
-        for i, index in enumerate(map(int, indices)):
+    for batch, after in operators.refined_labels(outputs, [candidate], bias, rows):
+        before = np.asarray(network_outputs.plain_labels(batch.logits, outputs.size))
+        probs = network_outputs.probabilities(batch.logits, outputs.size)
+        sure = np.asarray(probs.max(axis=-1))
+        for i, index in enumerate(map(int, batch.indices)):
             plain, refined, certain = (outputs.cut(x[i], index) for x in (before, after[0], sure))
             yield outputs.source[index]["label"], plain, refined, certain
-
-
-@functools.partial(jax.jit, static_argnames=("size",))
-def _plain(logits: jax.Array, size: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    probs = jax.nn.softmax(resize.bilinear(logits, size))
-    return probs.argmax(axis=-1).astype(jnp.uint8), probs.max(axis=-1)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dilaff_jax import affinity, metrics, propagate, resize
 from dilaff_jax.ablation import network_outputs
-from dilaff_jax.ablation.network_outputs import Outputs
+from dilaff_jax.ablation.network_outputs import Batch, Outputs
 from dilaff_jax.errors import UserError
 
 FITTED = "fitted"
@@ -71,8 +71,8 @@ def refined_labels(
     bias: np.ndarray,
     rows: int,
     indices: np.ndarray | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Runs candidates that differ only in numbers: yields image indices and labels `[P, n, *size]`.
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Runs candidates that differ only in numbers: yields batches and labels `[P, n, *size]`.
 
     Args:
         outputs: of a run with an affinity head.
@@ -99,7 +99,7 @@ def refined_labels(
             offsets,
             outputs.size,
         )
-        yield batch.indices, np.asarray(labels)[:, : len(batch.indices)]
+        yield batch, np.asarray(labels)[:, : len(batch.indices)]
 
 
 def program_key(candidate: Candidate) -> tuple[Any, ...]:

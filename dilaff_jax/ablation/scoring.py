@@ -85,8 +85,8 @@ def maps_after(
     if bias is None:
         yield from baseline_outputs.refined_labels(outputs, after, every, executor)
         return
-    for batch_indices, maps in operators.refined_labels(outputs, [after], bias, rows, every):
-        for index, map_ in zip(batch_indices, maps[0], strict=True):
+    for batch, maps in operators.refined_labels(outputs, [after], bias, rows, every):
+        for index, map_ in zip(batch.indices, maps[0], strict=True):
             yield int(index), outputs.cut(map_, int(index))
 
 

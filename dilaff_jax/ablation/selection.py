@@ -86,9 +86,9 @@ def sweep(
 
     def run(group: Sequence[Candidate]) -> Iterable[tuple[Candidate, int, np.ndarray]]:
         labels = operators.refined_labels(outputs, group, bias, rows)
-        for indices, maps in labels:
+        for batch, maps in labels:
             for candidate, of_candidate in zip(group, maps, strict=True):
-                for index, map_ in zip(indices, of_candidate, strict=True):
+                for index, map_ in zip(batch.indices, of_candidate, strict=True):
                     yield candidate, int(index), outputs.cut(map_, int(index))
 
     groups = operators.groups(grid)
