@@ -66,11 +66,12 @@ def run(
         logging.warning("%s", fault)
     limit = memory_limit(chip, slice_devices)
 
+    # This machine's own devices may be open in one process only.
+    measured = programs.measure if topology == "auto" else functools.partial(measure, source)
+
     def need(name: str, rows: int) -> Footprint:
         print(f"compiling the {name}, {rows} images a device ...", end=" ", flush=True)
-        # This machine's own devices may be open in one process only.
-        apart = functools.partial(measure, source) if topology != "auto" else programs.measure
-        found = apart(name, rows, limit)
+        found = measured(name, rows, limit)
         took = f"{found.compile_seconds:.0f} s"
         print(took if found.compiled else f"too large ({took})", flush=True)
         return found
