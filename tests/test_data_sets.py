@@ -29,6 +29,7 @@ from dilaff_jax.data import (
 )
 from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import machine
 from tests.data_files import classes_map, image_folder, picture, save, save_palette
 
 
@@ -646,7 +647,7 @@ def test_cache_changes_nothing_and_reads_once(tmp_path):
 def test_a_cache_larger_than_memory_is_refused(tmp_path, monkeypatch):
     image_folder(tmp_path / "in")
     prepared_folder(tmp_path)
-    monkeypatch.setattr(datasets, "_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "memory", lambda: 1000)
     with pytest.raises(ValueError, match="cache=True needs"):
         loaded("image_folder/x", tmp_path / "out", cache=True)
 
