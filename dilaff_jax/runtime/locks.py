@@ -7,6 +7,12 @@ from collections.abc import Iterator
 
 from absl import logging
 
+from dilaff_jax.errors import UserError
+
+
+class Taken(UserError):  # noqa: N818 - nothing is wrong but the time
+    """Another process, of this machine or of another, works there or has taken over."""
+
 
 @contextlib.contextmanager
 def held(path: pathlib.Path, *, wait: bool = False) -> Iterator[bool]:

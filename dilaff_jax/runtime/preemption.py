@@ -1,11 +1,11 @@
-"""Requests to stop, SIGTERM as schedulers send it: what is done is saved first."""
+"""Requests to stop: SIGTERM as schedulers send it, before which what is done is saved; Ctrl-C."""
 
 import contextlib
 import os
-import pathlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,33 +15,85 @@ class Preempted(Exception):  # noqa: N818 - it is no error
     """The process was asked to stop, and its state is saved."""
 
 
+class Stop(threading.Event):
+    """Set by SIGTERM; `interrupted` says that Ctrl-C was pressed."""
+
+    interrupted = False
+
+
 @contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
+def stop_signal() -> Iterator[Stop]:
     """Turns SIGTERM into an event, so that the step under way is finished and saved."""
-    stop = threading.Event()
-    # With several processes JAX's own service listens, so that all stop at the same step.
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    interrupt = signal.getsignal(signal.SIGINT)
+    own: dict[int, Callable[..., object]] = {}
+    if callable(interrupt):
+
+        def note(*about: Any) -> None:
+            stop.interrupted = True
+            interrupt(*about)
+
+        own[signal.SIGINT] = note
+    # With several processes JAX's own service listens, so that all stop at the same step.
+    if jax.process_count() == 1:
+        own[signal.SIGTERM] = lambda *_: stop.set()
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     # Asked to stop when the run ended anyway: whoever called it has to know.
-    if stop.is_set() and callable(before):
-        before(signal.SIGTERM, None)
+    terminate = before.get(signal.SIGTERM)
+    if stop.is_set() and callable(terminate):
+        terminate(signal.SIGTERM, None)
 
 
-def all_agreed(stop: threading.Event, step: int) -> bool:
-    """Whether all processes are to stop after this step."""
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Ctrl-C within is raised at the end; one more is raised at once.
+
+    For what waits for ever when it is left in the middle, as threads of Orbax do for one another.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[Any] = []
+
+    def note(*about: Any) -> None:
+        asked.append(about)
+        if len(asked) > 1:
+            before(*about)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if len(asked) == 1:
+            before(*asked[0])
+
+
+def all_agreed(stop: Stop, step: int) -> bool:
+    """Whether all processes are to stop after this step.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed, and Python dropped it: it drops what is raised while
+            it collects garbage, where JAX has it call a function.
+    """
+    if stop.interrupted:
+        raise KeyboardInterrupt
     if jax.process_count() > 1:
         return bool(multihost_utils.reached_preemption_sync_point(step))
     return stop.is_set()
 
 
 @contextlib.contextmanager
-def stopping_cleanly(workdir: pathlib.Path) -> Iterator[Callable[[bool], None]]:
+def stopping_cleanly(workdir: str | os.PathLike) -> Iterator[Callable[[bool], None]]:
     """Makes a request to stop an exception; the value says whether a run trains.
 
     A run that trains saves its step first, by `stop_signal`. Until it listens, threads of its data
