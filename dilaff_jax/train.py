@@ -25,7 +25,7 @@ from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import AXIS, Devices
 from dilaff_jax.runtime.preemption import Preempted
 from dilaff_jax.step import RunningMetrics, TrainStep, fault_message, seed_of
-from dilaff_jax.storage import mirror
+from dilaff_jax.storage import bucket, mirror
 
 
 def train_and_evaluate(
@@ -39,7 +39,7 @@ def train_and_evaluate(
     Raises:
         UserError: the config cannot be; `workdir` holds a run of another model, of other settings
             or data.
-        Busy: another process trains in `workdir`; a `UserError` too.
+        Taken: another process trains in `workdir`; a `UserError` too.
         NotFiniteError: a step gave NaN or infinity; the last good checkpoint stays.
         Preempted: the process was asked to stop; a checkpoint was written first.
     """
@@ -50,7 +50,7 @@ def train_and_evaluate(
         run = _assemble(config, folder)
         with locks.held(lock_file(folder)) as mine:
             if not mine:
-                raise Busy(
+                raise locks.Taken(
                     f"{workdir}: another process trains there; wait for it, or use another workdir"
                 )
             return _train(run, entered)
@@ -58,10 +58,6 @@ def train_and_evaluate(
 
 # How often an evaluation is begun that never comes to its end.
 _ATTEMPTS = 5
-
-
-class Busy(UserError):  # noqa: N818 - nothing is wrong but the time
-    """Another process trains in this workdir."""
 
 
 class _Run(NamedTuple):
@@ -338,6 +334,15 @@ def _compile(
 def lock_file(workdir: pathlib.Path) -> pathlib.Path:
     """What a run holds while it trains: each of its processes one of its own."""
     return workdir / f".lock-{jax.process_index()}"
+
+
+def wait(workdir: str | os.PathLike) -> None:
+    """Returns once no other process trains in `workdir`, to its end or not."""
+    if bucket.is_address(workdir):
+        mirror.wait(workdir)
+        return
+    with locks.held(lock_file(files.local(workdir, "the workdir")), wait=True):
+        pass
 
 
 def save_config(

@@ -30,7 +30,7 @@ from dilaff_jax.ablation.operators import Candidate
 from dilaff_jax.models import segmenter
 from dilaff_jax.objective import Objective
 from dilaff_jax.runtime import preemption
-from tests import data_files, planted, test_affinity, tiny_config
+from tests import data_files, planted, test_affinity, tiny_ablation, tiny_config
 from tests.running import ROOT
 
 
@@ -40,16 +40,8 @@ def data_dir(tmp_path_factory):
 
 
 def make_config(data_dir, **changes):
-    config = tiny_config.get_config()
+    config = tiny_ablation.get_config()
     config.data.data_dir = str(data_dir)
-    config.num_steps = 4
-    config.parallel.devices = 1
-    config.ablate = ablate_config.default()
-    config.ablate.update({"seeds": (3,), "processes": 1, "resamples": 50, "repeats": 1})
-    config.ablate.update({"pictures": 1, "rivals": {}})
-    with config.ignore_type():
-        config.ablate.rivals = {}
-        config.ablate.grid = {"random_walk": {"steps": (1,), "sharpness": (4.0,)}}
     config.ablate.update(changes)
     return config
 

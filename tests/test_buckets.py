@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import threading
+import time
 import types
 
 import pytest
@@ -307,12 +309,15 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(place, tmp_path, monkeypatch)
         assert marks == [len(put) - 1]
     there = bucket.Bucket(address)
     there.remove(["checkpoints/3/_CHECKPOINT_METADATA"])
-    for name in ("checkpoints/4/state/d", "arm/seed-0/checkpoints/7/state/d"):
+    below = "arm/seed-0/checkpoints/7/state/d"
+    for name in ("checkpoints/4/state/d", below):
         there.write(name, b"torn")
     on_another_machine(monkeypatch, tmp_path, "elsewhere")
     with mirror.written(address, "--workdir", alone=True) as folder:
         assert set(tree(folder)) == {"metrics.jsonl"}
-        assert set(objects(address)) == {"metrics.jsonl"}, "what is torn is cleared away"
+        assert set(objects(address)) == {"metrics.jsonl", below}, "what is torn is cleared away"
+    with mirror.written(mirror.below(address, "arm", "seed-0"), "--workdir", alone=True):
+        assert below not in objects(address), "by who is alone there"
 
 
 def test_metrics_are_never_older_than_a_checkpoint(place, tmp_path):
@@ -411,6 +416,63 @@ def test_two_machines_exclude_each_other(place, tmp_path, monkeypatch):
         write(first, a="first")
     with mirror.written(address, "--workdir", alone=True) as second:  # at once
         assert tree(second) == {"a": b"first"}
+
+
+def test_who_is_to_wait_has_its_turn(place, tmp_path, monkeypatch, caplog):
+    address, _ = place
+    order = []
+
+    def second():
+        with mirror.written(address, "--workdir", alone=True, wait=True) as folder:
+            order.append("second begins")
+            assert tree(folder) == {"a": b"first"}
+
+    with mirror.written(address, "--workdir", alone=True) as folder:
+        on_another_machine(monkeypatch, tmp_path, "second")
+        thread = threading.Thread(target=second)
+        thread.start()
+        wait(lambda: "works there; waiting for it" in caplog.text)
+        write(folder, a="first")
+        time.sleep(1.5 * lease.SECONDS)  # longer than it would wait for a sign of life
+        order.append("first ends")
+    thread.join(30)
+    assert order == ["first ends", "second begins"]
+    mirror.wait(address)  # nobody is there
+
+
+def test_folders_below_one_have_leases_of_their_own(place, tmp_path, monkeypatch):
+    """A checkpoint that another machine is bringing there is not taken for torn."""
+    address, _ = place
+    below = mirror.below(address, "joint", "seed-1")
+    assert below == f"{address}/joint/seed-1"
+    there = bucket.Bucket(address)
+    with mirror.written(below, "--workdir", alone=True) as run:
+        write(run, config="{}")
+        there.write("joint/seed-1/checkpoints/3/state/a", b"its mark is still to come")
+        there.write("checkpoints/3/state/a", b"torn")
+        with mirror.written(address, "--workdir", alone=True) as whole:
+            write(whole, summary="s")
+            assert "joint/seed-1/.lease" not in tree(whole)
+    assert {n for n in objects(address) if "/.lease/" not in n} == {
+        "joint/seed-1/checkpoints/3/state/a", "joint/seed-1/config", "summary",
+    }  # fmt: skip
+    read = mirror.local(address, "--workdir")
+    assert not [n for n in tree(read) if ".lease" in n]
+
+
+def test_some_files_of_a_folder_and_one_written_at_once(place, tmp_path):
+    address, _ = place
+    names = re.compile(r"(.*/)?config\.json")
+    assert tree(mirror.some(address, "--workdir", names)) == {}
+    mirror.write_text(f"{address}/config.json", "one")
+    bucket.Bucket(address).write("weights", b"large")
+    assert tree(mirror.some(address, "--workdir", names)) == {"config.json": b"one"}
+    mirror.write_text(f"{address}/config.json", "two")
+    assert tree(mirror.some(address, "--workdir", names)) == {"config.json": b"two"}
+    assert mirror.some(tmp_path, "--workdir", names) == tmp_path
+    mirror.write_text(tmp_path / "config.json", "on a disk")
+    assert (tmp_path / "config.json").read_text() == "on a disk"
+    assert mirror.below(tmp_path, "a", "b") == tmp_path / "a" / "b"
 
 
 def test_who_dies_is_succeeded_and_who_was_succeeded_stops(place, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from dilaff_jax import errors, evaluate, references, train
 from dilaff_jax.data import prepare
 from dilaff_jax.data.images import DataError
 from dilaff_jax.interop.torch_layout import KeyMismatchError
+from dilaff_jax.runtime import locks
 from tests import data_files, running
 
 PACKAGE = pathlib.Path(errors.__file__).parent
@@ -60,7 +61,7 @@ def test_what_a_module_raises_while_it_is_imported_is_not_caught(tmp_path, monke
 
 
 def test_every_kind_of_user_error_is_a_value_error():
-    kinds = (DataError, KeyMismatchError, train.Busy, errors.NotFiniteError)
+    kinds = (DataError, KeyMismatchError, locks.Taken, errors.NotFiniteError)
     for kind in (*kinds, errors.MissingPackageError):
         assert issubclass(kind, errors.UserError)
         assert issubclass(kind, ValueError)

@@ -5,9 +5,11 @@ import copy
 import dataclasses
 import gc
 import json
+import os
 import pathlib
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import ml_collections
@@ -15,40 +17,56 @@ from tqdm import tqdm
 
 from dilaff_jax import evaluate, resume, train
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import checkpoint, files, locks
+from dilaff_jax.runtime import checkpoint, locks
+from dilaff_jax.storage import mirror
+
+# Of a run: what it was trained with, for how long, and how far.
+_TOLD = re.compile(
+    r"config\.json|seconds\.json|checkpoints/\d+/_CHECKPOINT_METADATA|evaluation/\d+/results\.json"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One arm with one seed; `config` is that of an ordinary training run in `workdir`."""
+    """One arm with one seed; `config` is that of an ordinary training run in `home`."""
 
     arm: str
     seed: int
     config: ml_collections.ConfigDict
-    workdir: pathlib.Path
+    home: str | pathlib.Path  # a folder, or one of a bucket
 
     def __str__(self) -> str:
         return f"{self.arm}, seed {self.seed}"
 
     @property
+    def workdir(self) -> pathlib.Path:
+        """`home` on this disk; of a bucket, what is told of the run there now, without weights."""
+        return mirror.some(self.home, "the workdir", _TOLD)
+
+    @property
     def complete(self) -> bool:
         """Whether its last step is saved and evaluated."""
-        last = self.config.num_steps
-        saved = checkpoint.latest_step(self.workdir) == last
-        return saved and evaluate.read_results(self.workdir, last) is not None
+        last, workdir = self.config.num_steps, self.workdir
+        saved = checkpoint.latest_step(workdir) == last
+        return saved and evaluate.read_results(workdir, last) is not None
 
 
-def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
+def runs(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> list[Run]:
     """The runs of `config.ablate`, all arms of one seed before the next seed.
 
     So a comparison is complete for the first seeds while the last are not trained.
     """
     arms = [arm for arm in config.ablate.arms if arm != "refined"]
     return [
-        Run(arm, seed, arm_config(config, arm, seed), workdir / arm / f"seed-{seed}")
+        Run(arm, seed, arm_config(config, arm, seed), home(workdir, arm, seed))
         for seed in config.ablate.seeds
         for arm in arms
     ]
+
+
+def home(workdir: str | os.PathLike, name: str, seed: int) -> str | pathlib.Path:
+    """Where the run of this name and seed is trained, below the workdir of the whole."""
+    return mirror.below(workdir, name, f"seed-{seed}")
 
 
 def arm_config(config: ml_collections.ConfigDict, arm: str, seed: int) -> ml_collections.ConfigDict:
@@ -73,8 +91,8 @@ def arm_config(config: ml_collections.ConfigDict, arm: str, seed: int) -> ml_col
 def train_all(todo: Sequence[Run], training: Callable[[bool], None] = lambda _: None) -> None:
     """Trains or resumes what is not complete, one run after the other.
 
-    Several processes may share the work, on one machine or on a disk that all see: each takes the
-    next run that no other holds, and waits at the end for those that others hold.
+    Several processes may share the work, on one machine, on a disk that all see, or in a bucket:
+    each takes the next run that no other holds, and waits at the end for those that others hold.
 
     Args:
         todo: the runs, in their order.
@@ -89,13 +107,12 @@ def train_all(todo: Sequence[Run], training: Callable[[bool], None] = lambda _: 
     clock, left = Clock(todo), list(todo)
     while left:
         for run in list(left):
-            with contextlib.suppress(train.Busy):
+            with contextlib.suppress(locks.Taken):
                 _train(run, clock, todo, training)
                 left.remove(run)
         # What is left is trained by others; the first of it is waited for.
         if left:
-            with locks.held(train.lock_file(left[0].workdir), wait=True):
-                pass
+            train.wait(left[0].home)
 
 
 def _train(run: Run, clock: "Clock", todo: Sequence[Run], training: Callable[[bool], None]) -> None:
@@ -107,13 +124,17 @@ def _train(run: Run, clock: "Clock", todo: Sequence[Run], training: Callable[[bo
     started = time.perf_counter()
     training(True)
     try:
-        train.train_and_evaluate(run.config, run.workdir)
-    except train.Busy:
+        train.train_and_evaluate(run.config, run.home)
+    except locks.Taken:
         tqdm.write(f"{title}: another process trains it ==")
         training(False)
         raise
-    finally:
+    except BaseException:
         clock.add(run, time.perf_counter() - started)
+        raise
+    else:
+        clock.add(run, time.perf_counter() - started)
+    finally:
         # Arms are other programs; what the last one compiled and held is of no use.
         jax.clear_caches()
         gc.collect()
@@ -121,14 +142,27 @@ def _train(run: Run, clock: "Clock", todo: Sequence[Run], training: Callable[[bo
 
 
 def check_folder(run: Run) -> None:
-    """Raises UserError if `run.workdir` was trained with a config that gives other weights."""
+    """Raises UserError if `run.home` was trained with a config that gives other weights."""
     lines = resume.differences(run.config, run.workdir)
     if lines:
         raise UserError(
-            f"{run.workdir} holds a run with another config:\n"
+            f"{run.home} holds a run with another config:\n"
             + "\n".join(f"  {line}" for line in lines)
             + "\nuse the config it was trained with, move it away, or use another workdir"
         )
+
+
+@contextlib.contextmanager
+def analysing(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """The folder of all runs, on this disk, for one process at a time.
+
+    Of several that shared the training the others wait, and find its results kept.
+    """
+    with (
+        mirror.written(workdir, "the workdir", alone=True, wait=True) as folder,
+        locks.held(folder / "analysis.lock", wait=True),
+    ):
+        yield folder
 
 
 class Clock:
@@ -145,8 +179,8 @@ class Clock:
 
     def add(self, run: Run, seconds: float) -> None:
         """Adds the time of one call."""
-        path = run.workdir / "seconds.json"
-        files.write_text(path, json.dumps(self.seconds.get(str(run), 0.0) + seconds) + "\n")
+        total = self.seconds.get(str(run), 0.0) + seconds
+        mirror.write_text(mirror.below(run.home, "seconds.json"), json.dumps(total) + "\n")
 
     def left(self, todo: Sequence[Run]) -> str:
         """Such as "about 35 min left"; from the mean over what was trained, by arm if it can."""

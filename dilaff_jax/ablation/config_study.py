@@ -13,7 +13,6 @@ With `config.ablate.grid = {}` nothing is selected, see `evaluations`.
 
 import copy
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -38,8 +37,7 @@ from dilaff_jax.ablation.operators import IDENTITY, Candidate
 from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
 from dilaff_jax.models import segmenter
-from dilaff_jax.runtime import locks, preemption, provenance, reporting
-from dilaff_jax.storage import mirror
+from dilaff_jax.runtime import preemption, provenance, reporting
 
 FORMAT = 1
 _BY_EVALUATIONS = (evaluations.compare, evaluations.table)
@@ -58,20 +56,16 @@ def study(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
     if config.ablate.grid:
         ablate_config.check_images(config)
     compare, shown = (_compare, table) if config.ablate.grid else _BY_EVALUATIONS
-    with (
-        mirror.written(workdir, "the workdir", alone=True) as folder,
-        preemption.stopping_cleanly(folder) as training,
-    ):
-        todo = runs(config, folder)
-        arms.train_all(todo, training)
-        with locks.held(folder / "analysis.lock", wait=True):
-            result = compare(config, todo)
+    with preemption.stopping_cleanly(workdir) as training:
+        arms.train_all(runs(config, workdir), training)
+        with arms.analysing(workdir) as folder:
+            result = compare(config, runs(config, folder))
             cache.publish(folder / "study.json", result)
     print(shown(result))
     return result
 
 
-def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[arms.Run]:
+def runs(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> list[arms.Run]:
     """Baseline, joint, then a run for each change, all of one seed before the next seed."""
     settings.check(config)
     ablate_config.check(config)
@@ -96,7 +90,7 @@ def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[arms.
         except UserError as error:
             raise UserError(f"ablate.changes, {name}: {error}") from error
     return [
-        arms.Run(name, seed, arms.arm_config(of_arm, arm, seed), workdir / name / f"seed-{seed}")
+        arms.Run(name, seed, arms.arm_config(of_arm, arm, seed), arms.home(workdir, name, seed))
         for seed in config.ablate.seeds
         for name, (arm, of_arm) in named.items()
     ]

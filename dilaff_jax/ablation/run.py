@@ -23,16 +23,14 @@ from dilaff_jax.ablation import (
 from dilaff_jax.ablation.analysis import Study
 from dilaff_jax.data import datasets
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import locks, preemption, reporting
-from dilaff_jax.storage import mirror
+from dilaff_jax.runtime import preemption, reporting
 
 
 def ablate(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains what is not trained, selects, evaluates; writes and returns `ablation.json`.
 
     Stopped at any moment and started again, it goes on where it was. Started several times at
-    once, on one machine or on a disk that all see, the processes share the training; in a bucket
-    one machine works alone.
+    once, on one machine, on a disk that all see or in a bucket, the processes share the training.
 
     Raises:
         UserError: the config cannot be; a folder holds a run of another config.
@@ -49,17 +47,10 @@ def ablate(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dic
             f"{jax.process_count()} processes: an ablation runs in one. Train its runs as ordinary "
             "runs in WORKDIR/ARM/seed-N with several, then start it with one"
         )
-    with (
-        mirror.written(workdir, "the workdir", alone=True) as folder,
-        preemption.stopping_cleanly(folder) as training,
-    ):
-        todo = arms.runs(config, folder)
-        arms.train_all(todo, training)
-        # Of several processes that shared the training, one goes through what follows at a time;
-        # the others find its results kept.
-        with locks.held(folder / "analysis.lock", wait=True):
-            result = _analyse(Study(config, todo), folder)
-    return result
+    with preemption.stopping_cleanly(workdir) as training:
+        arms.train_all(arms.runs(config, workdir), training)
+        with arms.analysing(workdir) as folder:
+            return _analyse(Study(config, arms.runs(config, folder)), folder)
 
 
 def _analyse(study: Study, workdir: pathlib.Path) -> dict[str, Any]:

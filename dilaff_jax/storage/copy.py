@@ -25,7 +25,7 @@ _PRIVATE = re.compile(
     r"(.*/)?(\.lock(-\d+)?|analysis\.lock|.*\.part(\..+)?|\.score-\d+|\.scratch|\.lease|\.seen-\d+"
     r"|.*\.orbax-checkpoint-tmp.*)(/.*)?"
 )
-LEASE = re.compile(r"\.lease(/.*)?")
+LEASE = re.compile(r"(.*/)?\.lease(/.*)?")
 _SHOWN = 32 << 20  # bytes from which on a bar is shown
 _T = TypeVar("_T")
 
@@ -191,13 +191,14 @@ class Copy:
     def remove_torn(self, there: dict[str, Item]) -> None:
         """Removes checkpoints from the bucket that were not brought there whole, and are not here.
 
-        Only for who is alone.
+        Only for who is alone, and not those of folders below: others may be alone there.
 
         Args:
             there: what the bucket holds.
         """
         torn = there.keys() - _whole(there).keys()
-        self.bucket.remove(n for n in torn if not (self.folder / n).exists())
+        own = (n for n in torn if n.startswith("checkpoints/"))
+        self.bucket.remove(n for n in own if not (self.folder / n).exists())
 
     def _changed(self, here: dict[str, tuple[int, int]]) -> set[str]:
         names = here.keys() | self._known.keys()

@@ -16,16 +16,12 @@ from collections.abc import Callable
 
 from absl import logging
 
-from dilaff_jax.errors import UserError
+from dilaff_jax.runtime.locks import Taken
 from dilaff_jax.storage.bucket import Bucket
 
 # Seconds without a sign of life after which a holder is taken to be gone; our choice.
 SECONDS = 60.0
 _FOLDER = ".lease"
-
-
-class Taken(UserError):  # noqa: N818 - nothing is wrong but the time
-    """Another machine holds the lease, or has taken it over."""
 
 
 class Lease:
@@ -46,21 +42,45 @@ class Lease:
         self._lost: str | None = None
         self._on_loss: Callable[[], object] = lambda: None
 
-    def take(self, on_loss: Callable[[], object]) -> str | None:
+    def take(self, on_loss: Callable[[], object], *, wait: bool = False) -> str | None:
         """Takes the lease, and renews it in the background until `release`.
 
         Returns the owner before, None where there was none.
 
         Args:
             on_loss: called from another thread if another machine takes the lease over.
+            wait: for as long as another machine holds it, and lives.
 
         Raises:
-            Taken: another machine holds it, and lives.
+            Taken: another machine holds it, and lives, or was quicker; not if it is to `wait`.
         """
-        terms = sorted(self._bucket.list(_FOLDER))
-        before = self._content(self._bucket, terms[-1]) if terms else {}
+        while True:
+            try:
+                return self._take(on_loss)
+            except Taken:
+                if not wait:
+                    raise
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once nobody holds it: it was let go, or its holder gave no sign of life."""
+        said = False
+        while True:
+            before = self._last()[1]
+            if before.get("owner") == self._owner or before.get("ended", True):
+                return
+            if not said:
+                logging.warning(
+                    "%s: %s works there; waiting for it", self._bucket.address, before.get("by")
+                )
+                said = True
+            if not self._lives():
+                return
+
+    def _take(self, on_loss: Callable[[], object]) -> str | None:
+        terms, before = self._last()
         if before.get("owner") != self._owner and not before.get("ended", True):
-            self._watch(terms[-1], before)
+            self._watch(before)
         last = int(terms[-1].rpartition("/")[2]) if terms else 0
         self._name = f"{_FOLDER}/{last + 1:08d}"
         if not self._bucket.create(self._name, self._text(ended=False)):
@@ -91,21 +111,32 @@ class Lease:
         if self._name and not self._lost and not self._successor(self._bucket):
             self._bucket.write(self._name, self._text(ended=True))
 
-    def _watch(self, name: str, before: dict) -> None:
+    def _last(self) -> tuple[list[str], dict]:
+        """The objects of all terms, and the content of the last; {} without any."""
+        terms = sorted(self._bucket.list(_FOLDER))
+        return terms, self._content(self._bucket, terms[-1]) if terms else {}
+
+    def _watch(self, before: dict) -> None:
         """Returns when a holder gave no sign of life for long enough; raises Taken if it does."""
-        address, version = self._bucket.address, self._bucket.list(_FOLDER)
+        address = self._bucket.address
         logging.warning(
             "%s is held by %s; waiting %.0f s for a sign of life",
             *(address, before.get("by"), SECONDS),
         )
-        begun = time.monotonic()
+        if self._lives():
+            raise Taken(
+                f"{address}: {before.get('by')} works there; wait for it, or use another folder"
+            )
+        logging.warning("%s gives none: it is taken over", before.get("by"))
+
+    def _lives(self) -> bool:
+        """Whether anything happens to the lease within its length."""
+        version, begun = self._bucket.list(_FOLDER), time.monotonic()
         while time.monotonic() - begun < SECONDS:
             time.sleep(min(5.0, SECONDS / 4))
             if self._bucket.list(_FOLDER) != version:
-                raise Taken(
-                    f"{address}: {before.get('by')} works there; wait for it, or use another folder"
-                )
-        logging.warning("%s gives none: it is taken over", before.get("by"))
+                return True
+        return False
 
     def _renew(self) -> None:
         while not self._ended.wait(SECONDS / 4):

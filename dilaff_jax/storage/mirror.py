@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,10 +26,11 @@ from absl import logging
 
 from dilaff_jax.errors import UserError
 from dilaff_jax.runtime import files, locks
+from dilaff_jax.runtime.locks import Taken
 from dilaff_jax.storage import bucket as bucket_lib
 from dilaff_jax.storage.bucket import Bucket
 from dilaff_jax.storage.copy import LEASE, Copy, beside
-from dilaff_jax.storage.lease import Lease, Taken
+from dilaff_jax.storage.lease import Lease
 
 # Seconds between two looks at what has changed; our choice.
 EVERY = 15.0
@@ -83,12 +85,59 @@ def argument(text: str) -> pathlib.Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def some(path: str | os.PathLike, what: str, names: re.Pattern[str]) -> pathlib.Path:
+    """As `local`, of a bucket only what is asked for; an empty folder where it has none of it.
+
+    Args:
+        path: a folder.
+        what: the name of the option, for messages.
+        names: of the files of a bucket that are fetched, below `path`.
+    """
+    if not bucket_lib.is_address(path):
+        return files.local(path, what)
+    bucket = Bucket(os.fspath(path))
+    folder = _folder(bucket.address, "some")
+    with locks.held(beside(folder, ".lock"), wait=True):
+        found = {n: item for n, item in bucket.list().items() if names.fullmatch(n)}
+        Copy(bucket, folder, written=False).pull(found)
+    return folder
+
+
+def below(path: str | os.PathLike, *names: str) -> str | pathlib.Path:
+    """A path below another, on a disk or in a bucket."""
+    if bucket_lib.is_address(path):
+        return "/".join((os.fspath(path).rstrip("/"), *names))
+    return pathlib.Path(path, *names)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """A small file, written at once: replaced as a whole, on a disk or in a bucket.
+
+    Not for what a copy is written in: that would bring what it has.
+    """
+    if bucket_lib.is_address(path):
+        folder, _, name = os.fspath(path).rpartition("/")
+        Bucket(folder).write(name, text.encode())
+    else:
+        files.write_text(pathlib.Path(path), text)
+
+
+def wait(path: str | os.PathLike) -> None:
+    """Returns once no process of any machine is alone in a folder of a bucket."""
+    bucket = Bucket(os.fspath(path))
+    folder = _folder(bucket.address, "work")
+    with locks.held(beside(folder, ".lock"), wait=True):
+        owner = Copy(bucket, folder, written=True).owner
+    Lease(bucket, owner).wait()
+
+
 @contextlib.contextmanager
 def written(
     path: str | os.PathLike,
     what: str,
     *,
     alone: bool = False,
+    wait: bool = False,
     each: bool = False,
     kind: str = "work",
 ) -> Iterator[pathlib.Path]:
@@ -100,6 +149,7 @@ def written(
         path: of the folder.
         what: the name of the option, for messages.
         alone: no other machine may write there; on a disk, whoever writes sees to that.
+        wait: for as long as another process is alone there.
         each: every process brings what it has, and not process 0 alone.
         kind: copies of different kinds are used side by side.
 
@@ -117,10 +167,10 @@ def written(
     address, index = os.fspath(path), jax.process_index()
     bucket = Bucket(address)
     folder = _folder(bucket.address, f"{kind}{index or ''}")
-    with locks.held(beside(folder, ".lock")) as mine:
+    with locks.held(beside(folder, ".lock"), wait=wait) as mine:
         if not mine:
             raise Taken(f"{path}: another process of this machine works there; wait for it")
-        with _Session(bucket, folder, alone, each) as session:
+        with _Session(bucket, folder, alone, each, wait) as session:
             if index == 0:
                 print(f"{path}: worked on in {folder}", flush=True)
             if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -133,12 +183,15 @@ def written(
 class _Session:
     """Writing to a copy: fetches first, brings back in the background and at the end."""
 
-    def __init__(self, bucket: Bucket, folder: pathlib.Path, alone: bool, each: bool) -> None:
+    def __init__(
+        self, bucket: Bucket, folder: pathlib.Path, alone: bool, each: bool, wait: bool = False
+    ) -> None:
         import jax
 
         self._first, self._many = jax.process_index() == 0, jax.process_count() > 1
         self._brings = self._first or each
         self._copy, self._alone = Copy(bucket, folder, written=self._brings), alone
+        self._wait = wait
         self._lease = Lease(bucket, self._copy.owner)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._bring, name="bucket", daemon=True)
@@ -193,7 +246,7 @@ class _Session:
         if not self._alone:
             copy.pull()
             return
-        before = self._lease.take(self._stop)
+        before = self._lease.take(self._stop, wait=self._wait)
         try:
             if before != copy.owner and copy.changed():
                 copy.set_aside()

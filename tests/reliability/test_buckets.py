@@ -44,7 +44,7 @@ def unbroken(data_dir, tmp_path_factory):
     return workdir
 
 
-def start(data_dir, address, machine, *options, devices=1, environment=()):
+def start(data_dir, address, machine, *options, config="tiny_config", devices=1, environment=()):
     """A process of its own; a machine is a folder for copies."""
     conftest.COMPILED.mkdir(parents=True, exist_ok=True)
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
@@ -56,7 +56,7 @@ def start(data_dir, address, machine, *options, devices=1, environment=()):
     }
     return subprocess.Popen(
         [
-            sys.executable, "-m", "tests.in_bucket", "--config=tests/tiny_config.py",
+            sys.executable, "-m", "tests.in_bucket", f"--config=tests/{config}.py",
             f"--workdir={address}", f"--config.data.data_dir={data_dir}", *options,
         ],
         cwd=running.ROOT, env={**os.environ, **own, **dict(environment)}, text=True,
@@ -198,6 +198,41 @@ def test_two_machines_do_not_train_in_one_folder_and_a_stopped_one_is_succeeded(
     output = running.finish(one, 143)
     at = int(re.search(r"step (\d+) is saved", output).group(1))
     assert at in steps_there(address), "what is saved last is there when it ends"
+
+
+@pytest.mark.slow
+def test_machines_share_an_ablation_and_one_that_dies_is_succeeded(
+    place, data_dir, tmp_path, monkeypatch
+):
+    """As on a disk, run by run; what the killed one trained is waited for, then gone on with."""
+    address, _ = place
+    options = ("--mode=ablate", *runs.options(num_steps=6, eval_every=6))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    running.finish(start(data_dir, disk, tmp_path / "none", *options, config="tiny_ablation"))
+
+    def machine(name):
+        return start(data_dir, address, tmp_path / name, *options, config="tiny_ablation")
+
+    one, two = machine("one"), machine("two")
+    there = bucket.Bucket(address)
+
+    def begun():
+        return {n.partition("/.lease")[0] for n in there.list() if "/.lease/" in n}
+
+    assert runs.wait_for(lambda: len(begun()) >= 2, one)
+    one.kill()
+    one.communicate()
+    output = running.finish(two)
+    assert "gives none: it is taken over" in output
+    output = running.finish(machine("one"))
+    assert output.count(": trained ==") == 3, output
+    found = fetched(address, tmp_path, monkeypatch)
+    for run in ("baseline/seed-3", "joint/seed-3", "aaf/seed-3"):
+        running.assert_bit_identical(disk / run, found / run, 6)
+    expected, ablation = (json.loads((d / "ablation.json").read_text()) for d in (disk, found))
+    for key in ("variants", "differences", "selection", "per_image"):
+        assert ablation[key] == expected[key], key
 
 
 def assert_same(disk, there):
