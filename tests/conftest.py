@@ -39,6 +39,13 @@ def pytest_addoption(parser):
         metavar="FILE.json",
         help="write down what the tests in tests/reliability tried and what survived",
     )
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=8,
+        metavar="N",
+        help="how often runs on a disk are killed, and how often runs in buckets; default 8",
+    )
 
 
 def pytest_configure(config):
@@ -52,9 +59,10 @@ def pytest_configure(config):
 # Each runs in one process from its first test to its last: the longest begin first, or the others
 # have nothing to do at the end.
 LONGEST = (
-    *("test_train", "test_kill", "test_parity", "test_step", "test_hosts", "test_models_cpu"),
-    *("test_ablate", "test_study", "test_notebooks", "test_soak", "test_models", "test_encoders"),
-    *("test_frozen", "test_fit", "test_affinity_network", "test_fuzz", "test_configs"),
+    *("test_buckets", "test_train", "test_kill", "test_parity", "test_step", "test_hosts"),
+    *("test_models_cpu", "test_ablate", "test_study", "test_notebooks", "test_soak"),
+    *("test_models", "test_encoders", "test_frozen", "test_fit", "test_affinity_network"),
+    *("test_fuzz", "test_configs"),
 )
 
 

@@ -17,7 +17,6 @@ from tests import buckets, conftest, running, tiny_run
 from tests.reliability import runs
 
 LAST = runs.OPTIONS["num_steps"]
-KILLS, SHARE = 20, 5
 # Machines are copies in folders of their own: who comes to one that the last did not die on waits
 # for the lease.
 MACHINES = 2
@@ -114,16 +113,15 @@ def reach(process, run, before, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, KILLS // 2, SHARE))
 def test_a_run_in_a_bucket_survives_kills(
-    first, place, data_dir, unbroken, tmp_path, monkeypatch, record_property
+    kills, place, data_dir, unbroken, tmp_path, monkeypatch, record_property
 ):
     """SIGKILL at any moment; the next start is on the same machine or on another."""
     address, _ = place
-    rng, survived, ended, machine, process = random.Random(first), 0, 0, 0, None
+    rng, survived, ended, machine, process = random.Random(kills.start), 0, 0, 0, None
     run = f"{address}/0"
     try:
-        while survived < SHARE:
+        while survived < len(kills):
             process = start(data_dir, run, tmp_path / str(machine), *runs.options())
             wanted = steps_there(run)[-1:] or [0]
             if not reach(process, run, wanted[0], rng):
@@ -143,7 +141,7 @@ def test_a_run_in_a_bucket_survives_kills(
     finally:
         if process is not None:
             process.kill()
-        record_property("kills_tried", SHARE)
+        record_property("kills_tried", len(kills))
         record_property("kills_survived", survived)
         record_property("runs_finished_bit_identical", ended + 1)
 

@@ -17,8 +17,6 @@ from tests.reliability import runs
 from tests.reliability.runs import options, wait_for
 from tests.running import assert_bit_identical, finish, lines, saved, start
 
-# In all, and in each of the tests that share them.
-KILLS, SHARE = 20, 5
 LAST = runs.OPTIONS["num_steps"]
 # When a process is killed: the time since it was started, as a share of what the starting takes;
 # or what it has just done, for the how-manieth time, and how long after that, seconds.
@@ -44,12 +42,10 @@ def unbroken(data_dir, tmp_path_factory):
     return workdir
 
 
-def moments(seed):
-    """KILLS times (event, count, share): each event in turn, the rest by chance; fixed by the seed."""
-    rng = random.Random(seed)
-    events = list(itertools.islice(itertools.cycle(EVENTS), KILLS))
-    rng.shuffle(events)
-    return [(event, rng.randrange(1, 4), rng.random()) for event in events]
+def moment(kill):
+    """(event, count, share): each event in turn, the rest by chance; fixed by the kill's number."""
+    rng = random.Random(kill)
+    return EVENTS[kill % len(EVENTS)], rng.randrange(1, 4), rng.random()
 
 
 class Life:
@@ -143,10 +139,7 @@ def tear(workdir, unbroken):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, KILLS, SHARE))
-def test_a_run_survives_20_kills_at_any_moment(
-    first, unbroken, data_dir, tmp_path, record_property
-):
+def test_a_run_survives_kills_at_any_moment(kills, unbroken, data_dir, tmp_path, record_property):
     """SIGKILL; every life goes on from the newest checkpoint, and each run ends bit-identical.
 
     One run after the other until the kills of this share are done: moments that a run does not come
@@ -156,7 +149,7 @@ def test_a_run_survives_20_kills_at_any_moment(
     numbers = itertools.count()
     workdir = tmp_path / str(next(numbers))
     try:
-        for event, count, share in moments(seed=0)[first : first + SHARE]:
+        for event, count, share in map(moment, kills):
             while True:
                 expected = checkpoint.latest_step(workdir) if workdir.exists() else None
                 life = Life(data_dir, workdir)
@@ -179,7 +172,7 @@ def test_a_run_survives_20_kills_at_any_moment(
     finally:
         if life is not None:
             life.kill()
-        record_property("kills_tried", SHARE)
+        record_property("kills_tried", len(kills))
         record_property("kills_survived", survived)
         record_property("runs_finished_bit_identical", ended + 1)
 
