@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from dilaff_jax import commands
 from dilaff_jax.errors import UserError
+from dilaff_jax.runtime import interrupts
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, such as configs/shapes_quickstart.py.", lock_config=True
@@ -55,11 +56,6 @@ def main(arguments: Sequence[str]) -> None:
     except Preempted as stop:
         logging.warning("%s", stop)
         sys.exit(128 + 15)  # as after SIGTERM, so that a scheduler starts it again
-    except KeyboardInterrupt:
-        # Python then ends as by the signal, which a shell wants to know; only its traceback goes.
-        says = "KeyboardInterrupt: what is saved stays, and the same command goes on"
-        sys.excepthook = lambda *_: print(says, file=sys.stderr)
-        raise
     except (UserError, OSError) as error:  # they say what to change; all else is a fault of ours
         logging.debug("traceback", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
@@ -67,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run() -> None:
     """The entry point of the installed command."""
+    interrupts.listen()
     # The libraries' own steps are for those who ask: --verbosity=0. (A default would not do: absl
     # raises it to INFO.)
     flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from dilaff_jax.configs import default
-from dilaff_jax.runtime import preemption
+from dilaff_jax.runtime import interrupts, preemption
 from dilaff_jax.runtime.checkpoint import Checkpoints
 from dilaff_jax.runtime.parallel import Devices
 
@@ -23,6 +23,23 @@ class Position:
 
     def get_state(self):
         return {"step": 1}
+
+
+def pressed_while_garbage_is_collected():
+    """What is raised in there is printed and dropped."""
+    seen = []
+
+    def pressed(phase, about):
+        if phase == "start" and not seen:
+            seen.append(phase)
+            signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(pressed)
+    try:
+        gc.collect()
+        sum(range(10))
+    finally:
+        gc.callbacks.remove(pressed)
 
 
 @pytest.fixture
@@ -85,7 +102,7 @@ def test_it_leaves_no_thread_of_a_checkpoint_behind(tmp_path, listening):
 def test_what_is_unbroken_comes_to_its_end_unless_it_is_pressed_again(listening):
     done = []
 
-    @preemption.unbroken()
+    @interrupts.unbroken()
     def press(times):
         for _ in range(times):
             signal.raise_signal(signal.SIGINT)
@@ -106,7 +123,7 @@ def test_what_is_unbroken_comes_to_its_end_unless_it_is_pressed_again(listening)
 def test_who_is_told_to_ignore_it_ignores_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with preemption.stop_signal() as stop, preemption.unbroken():
+        with preemption.stop_signal() as stop, interrupts.unbroken():
             signal.raise_signal(signal.SIGINT)
         assert not stop.interrupted
     finally:
@@ -114,23 +131,54 @@ def test_who_is_told_to_ignore_it_ignores_it():
 
 
 def test_one_that_python_drops_is_raised_at_the_next_step(listening, monkeypatch):
-    """What is raised while garbage is collected is printed and dropped."""
-    dropped, seen = [], []
+    dropped = []
     monkeypatch.setattr(sys, "unraisablehook", dropped.append)
-
-    def pressed(phase, about):
-        if phase == "start" and not seen:
-            seen.append(phase)
-            signal.raise_signal(signal.SIGINT)
-
     with preemption.stop_signal() as stop:
         assert not preemption.all_agreed(stop, 1)
-        gc.callbacks.append(pressed)
-        try:
-            gc.collect()
-        finally:
-            gc.callbacks.remove(pressed)
+        pressed_while_garbage_is_collected()
         assert [d.exc_type for d in dropped] == [KeyboardInterrupt]
         with pytest.raises(KeyboardInterrupt):
             preemption.all_agreed(stop, 2)
     assert jax.process_count() == 1
+
+
+class PressedAtItsEnd:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("press", [pressed_while_garbage_is_collected, PressedAtItsEnd])
+def test_the_command_hears_it_where_python_would_drop_it(press, listening, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    interrupts.listen()
+
+    def act():
+        press()
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        act()
+    assert not dropped
+
+
+def test_the_command_ignores_it_where_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupts.listen()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_it_is_one_line_and_other_errors_have_their_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    interrupts.listen()
+    for error in (KeyboardInterrupt(), ZeroDivisionError("ours")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err.splitlines() == [
+        "KeyboardInterrupt: what is saved stays, and the same command goes on",
+        "ZeroDivisionError: ours",
+    ]

@@ -123,18 +123,17 @@ def _train(run: Run, clock: "Clock", todo: Sequence[Run], training: Callable[[bo
     tqdm.write(f"{title}; {clock.left([r for r in todo if not r.complete])} ==")
     started = time.perf_counter()
     training(True)
+    ours = True
     try:
         train.train_and_evaluate(run.config, run.home)
     except locks.Taken:
+        ours = False
         tqdm.write(f"{title}: another process trains it ==")
         training(False)
         raise
-    except BaseException:
-        clock.add(run, time.perf_counter() - started)
-        raise
-    else:
-        clock.add(run, time.perf_counter() - started)
     finally:
+        if ours:
+            clock.add(run, time.perf_counter() - started)
         # Arms are other programs; what the last one compiled and held is of no use.
         jax.clear_caches()
         gc.collect()

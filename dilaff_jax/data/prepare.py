@@ -33,7 +33,7 @@ from rich.table import Table
 from dilaff_jax.data import contact_sheet, data_config, datasets, location, source_record
 from dilaff_jax.data.builder import Options, SegmentationBuilder
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import locks
+from dilaff_jax.runtime import interrupts, locks
 from dilaff_jax.storage import bucket, mirror
 
 _DATASET = flags.DEFINE_string("dataset", None, "Which data set; see --help of each.")
@@ -313,6 +313,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Entry point."""
+    interrupts.listen()
     app.run(main, flags_parser=_parse)
 
 

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dilaff_jax.errors import UserError
-from dilaff_jax.runtime import digest, files, parameter_names, preemption
+from dilaff_jax.runtime import digest, files, interrupts, parameter_names
 from dilaff_jax.runtime.parallel import Devices
 
 
@@ -342,7 +342,7 @@ def _score(metrics: Mapping[str, float]) -> float:
 def _writing(directory: pathlib.Path) -> Iterator[None]:
     """Names the folder, and what to do, where Orbax raises whatever the file system raised."""
     try:
-        with preemption.unbroken():
+        with interrupts.unbroken():
             yield
     except jax.errors.JaxRuntimeError:  # another process is gone, or a device: no matter of files
         raise

@@ -52,38 +52,12 @@ def stop_signal() -> Iterator[Stop]:
         terminate(signal.SIGTERM, None)
 
 
-@contextlib.contextmanager
-def unbroken() -> Iterator[None]:
-    """Ctrl-C within is raised at the end; one more is raised at once.
-
-    For what waits for ever when it is left in the middle, as threads of Orbax do for one another.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: list[Any] = []
-
-    def note(*about: Any) -> None:
-        asked.append(about)
-        if len(asked) > 1:
-            before(*about)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if len(asked) == 1:
-            before(*asked[0])
-
-
 def all_agreed(stop: Stop, step: int) -> bool:
     """Whether all processes are to stop after this step.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed, and Python dropped it: it drops what is raised while
-            it collects garbage, where JAX has it call a function.
+        KeyboardInterrupt: Ctrl-C was pressed, and Python dropped it (see `interrupts`), as in a
+            notebook.
     """
     if stop.interrupted:
         raise KeyboardInterrupt
