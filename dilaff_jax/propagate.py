@@ -25,7 +25,7 @@ from dilaff_jax.kernels.backends import Backend
 from dilaff_jax.kernels.xla import Offsets, Order, WalkOptions
 from dilaff_jax.numerics import check_range, log_probs
 
-Operator: TypeAlias = Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]
+Operator: TypeAlias = gate.Operator
 
 
 def random_walk(
@@ -150,14 +150,14 @@ def operator(
         name: "identity"; "random_walk", on a = sigmoid(ℓ - b); "signed"; or "module:function",
             an operator of one's own with the signature of `signed`.
         bias: b, see `signed`; undoes the shift that class-balanced training gives the logits.
-        keep: `[C]` in [0, 1], which pixels stay as they are, see `gate.gated`; None for none.
+        keep: `[C]` in [0, 1], which pixels stay as they are, see `gate.Gated`; None for none.
         **options: the keyword arguments of the operator.
 
     Raises:
         UserError: no operator has this name, or it has no such option; `keep` cannot be.
     """
     refine = _named(name, bias, options)
-    return refine if keep is None else gate.gated(refine, keep)
+    return refine if keep is None else gate.Gated(refine, keep)
 
 
 def _named(name: str, bias: ArrayLike, options: Mapping[str, Any]) -> Operator:
@@ -204,7 +204,8 @@ def refine_logits(
     With p the softmax of the logits on the affinity's grid and q = refine(p), the correction
     log q - log p is enlarged and added to the logits enlarged by themselves: detail that the logits
     have beyond the affinity's grid is kept, and where nothing is corrected the result is exactly
-    the unrefined one. (If both share a grid this is softmax of the enlarged log q.) Our choice.
+    the unrefined one. (If both share a grid this is softmax of the enlarged log q.) A gate
+    (`operator`'s `keep`) leaves pixels of the result as the enlarged logits have them. Our choice.
 
     A logit of -inf says that a class is never there, see `resize.bilinear_logits`: its probability
     is 0 in the result, and no other class is touched.
@@ -231,7 +232,8 @@ def refine_logits(
             f"size is {tuple(size)}, logits are {logits.shape}: offsets of {change.ndim - 2} "
             f"dimensions need [B, *spatial, C] and {change.ndim - 2} sizes"
         )
-    full = _resized(logits, size, finite) + resize.bilinear(change, size)
+    scores = _resized(logits, size, finite)
+    full = gate.corrected(scores, resize.bilinear(change, size), gate.limits(refine))
     return jnp.argmax(full, axis=-1).astype(jnp.int32), jax.nn.softmax(full)
 
 
@@ -245,6 +247,8 @@ def correction(
     finite: bool = False,
 ) -> Float[Array, " B *part C"]:
     """What propagation changes, log q - log p on the affinity's grid; see `refine_logits`.
+
+    Without the operator's gate, which is of the pixels of the result: see `gate.corrected`.
 
     Args:
         logits: `[B, *any, C]`, of any stride.
@@ -273,7 +277,7 @@ def correction(
         part = (slice(None), *map(slice, cells))
         scores, affinity_logits = scores[part], affinity_logits[part]
     before = jax.nn.softmax(scores)
-    return log_probs(refine(before, affinity_logits, offsets)) - log_probs(before)
+    return log_probs(gate.ungated(refine)(before, affinity_logits, offsets)) - log_probs(before)
 
 
 def _resized(logits: jax.Array, size: Sequence[int], finite: bool) -> jax.Array:

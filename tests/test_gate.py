@@ -72,6 +72,30 @@ def test_what_is_kept_keeps_its_labels_at_full_size(arrays):
     np.testing.assert_array_equal(found, before)
 
 
+def test_of_a_coarse_grid_pixels_of_the_image_are_kept(arrays):
+    """Not its cells: one that is left alone would still change with its neighbours in the image."""
+    probs, logits = arrays
+    scores, size, keep = np.log(probs), (36, 28), (0.0, 0.6, 0.9, 1.0)
+
+    def refined(name, **options):
+        refine = propagate.operator(name, **options)
+        return [
+            np.asarray(x) for x in propagate.refine_logits(scores, logits, OFFSETS, size, refine)
+        ]
+
+    plain, whole = refined("identity"), refined("signed", strength=1.0)
+    labels, found = refined("signed", strength=1.0, keep=keep)
+    held = 0
+    for at in np.ndindex(*labels.shape):
+        c = int(plain[1][at].argmax())
+        stays = plain[1][at][c] > keep[c]
+        expected = plain if stays else whole
+        assert labels[at] == expected[0][at]
+        np.testing.assert_allclose(found[at], expected[1][at], atol=1e-6)
+        held += stays and plain[0][at] != whole[0][at]
+    assert held > 100
+
+
 def test_gradients_pass_what_is_changed_and_what_is_kept(arrays):
     probs, logits = arrays
     # Of one step: in the next a pixel's neighbours see what it became, kept or not.
@@ -201,11 +225,16 @@ class _Drawn:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
+    return _outputs(tmp_path_factory.mktemp("outputs"), stride=1)
+
+
+def _outputs(folder, stride):
     """Noisy logits; affinities that know the large classes, and take lines for what is around."""
     source, rng = _Drawn(), np.random.default_rng(1)
     labels = np.full((6, 32, 32), 255, np.uint8)
     for label, own in zip(source.maps, labels, strict=True):
         own[: label.shape[0]] = label
+    labels = labels[:, ::stride, ::stride]
     scores = 2 * np.eye(3)[np.where(labels == 255, 0, labels)]
     scores = scores + rng.normal(0, 1.2, scores.shape)
     blind = np.where(labels == 2, np.roll(labels, 1, axis=2), labels)
@@ -219,7 +248,7 @@ def outputs(tmp_path_factory):
         ),
         offsets=OFFSETS,
         about={},
-        folder=tmp_path_factory.mktemp("outputs"),
+        folder=folder,
         own=np.arange(6),
     )
 
@@ -248,15 +277,22 @@ def test_what_an_operator_does_to_each_class_is_counted(outputs):
     assert gains[2] < -0.1
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("limit", [0.0, 0.02])
-def test_behind_its_gate_no_class_loses_more(limit, outputs):
+def test_behind_its_gate_no_class_loses_more(limit, stride, tmp_path):
+    outputs = _outputs(tmp_path, stride)
     candidate = Candidate("signed", (("steps", 3), ("strength", 0.3)))
     found = class_losses.compare(outputs, candidate, np.zeros(2), rows=4)
     held, of = class_losses.gated(outputs, candidate, np.zeros(2), 4, limit, found)
     refine = propagate.operator("signed", **dict(held.options))
+    # What the counts say is exact, also of a grid coarser than the image.
+    levels = np.searchsorted(CONFIDENCES, np.float32(dict(held.options)["keep"]))
+    right, predicted = (x[np.arange(3), levels].sum(0) for x in found.changed.effects())
+    np.testing.assert_array_equal(of.right, found.plain.right + right)
+    np.testing.assert_array_equal(of.predicted, found.plain.predicted + predicted)
     np.testing.assert_allclose(of.ious, _by_hand(outputs, refine), atol=1e-6)
     assert (found.plain.ious - of.ious <= limit).all()
-    # The large classes still gain, though less than without.
+    # The large classes still gain.
     assert (of.ious - found.plain.ious)[:2].min() > 0.02
 
 

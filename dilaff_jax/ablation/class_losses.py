@@ -1,6 +1,6 @@
 """What propagation does to each class, and the gate by which none of them loses.
 
-The gate (`gate.gated`) has one number a class, so each class's pixels can be left alone, wholly or
+The gate (`gate.Gated`) has one number a class, so each class's pixels can be left alone, wholly or
 where the network is sure of them. Which numbers do follows from counts of the pixels that
 propagation changes: by the class that they were of, how sure it was, and what became of them.
 """
@@ -22,9 +22,6 @@ from dilaff_jax.runtime import parallel
 CONFIDENCES = np.array([0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1], np.float32)
 # A loss of one class beyond the limit, of 0.001 points of IoU, is as bad as holding all changes.
 _PENALTY = 1e5
-# The gate works on the affinity's grid, the counts are of pixels: what was predicted may be missed
-# a little, and is then asked for more strictly.
-_ROUNDS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +160,9 @@ def gated(
 ) -> tuple[Candidate, Sides]:
     """The operator behind the best gate by which no class loses more than `limit`; its counts.
 
-    The operator itself where none loses more. With a gate it is counted with it in its place, so
-    that it holds; `IDENTITY` where no such gate was found.
+    The operator itself where none loses more; `IDENTITY` where all would have to be held. The gate
+    is of pixels, as the counts are, so what they say of it is exact; with it in its place it is
+    counted again.
 
     Args:
         outputs: as for `compare`, like the next three.
@@ -176,17 +174,11 @@ def gated(
     """
     if _beyond(found.plain, found.refined, limit) <= 0:
         return candidate, found.refined
-    asked = limit
-    for _ in range(_ROUNDS):
-        keep = best_gate(found.plain, found.changed, asked)
-        options = (*candidate.options, ("keep", tuple(map(float, keep))))
-        held = Candidate(candidate.operator, options)
-        of = compare(outputs, held, bias, rows).refined
-        beyond = _beyond(found.plain, of, limit)
-        if beyond <= 0:
-            return held, of
-        asked -= beyond
-    return IDENTITY, found.plain
+    keep = best_gate(found.plain, found.changed, limit)
+    options = (*candidate.options, ("keep", tuple(map(float, keep))))
+    held = Candidate(candidate.operator, options)
+    of = compare(outputs, held, bias, rows).refined
+    return (held, of) if keep.any() else (IDENTITY, found.plain)
 
 
 def _beyond(plain: Sides, of: Sides, limit: float) -> float:

@@ -270,7 +270,7 @@ def _class_table(
         rows = [[*row, _said(limits[row[0]])] for row in rows]
     worst = min((classes[c]["refined"] - classes[c]["plain"] for c in classes), default=0.0)
     table = reporting.table("by class, per cent", columns, rows)
-    if keep is None and worst < -_LOSS:
+    if "kept" not in results and worst < -_LOSS:
         table += (
             f"\n{shown[0]} loses {-100 * worst:.1f} points; --max_class_loss "
             f"{100 * _LOSS:g} chooses so that no class loses more than {100 * _LOSS:g}"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dilaff_jax import propagate, resize, visualize
+from dilaff_jax import gate, propagate, resize, visualize
 from dilaff_jax.data import bands, contact_sheet, volumes
 from dilaff_jax.data.augment import blank
 from dilaff_jax.data.class_list import Classes
@@ -281,16 +281,24 @@ class Predictor:
         )
 
     def finish(
-        self, image: np.ndarray, raw: Raw, change: jax.Array | None, *, own: bool = True
+        self,
+        image: np.ndarray,
+        raw: Raw,
+        change: jax.Array | None,
+        refine: propagate.Operator | None = None,
+        *,
+        own: bool = True,
     ) -> Result:
         """Enlarges logits and correction to the image, and takes the likeliest class.
 
-        own: the logits cover the canvas, as the network's own do; else the image.
+        refine: as for `correction`, for its gate. own: the logits cover the canvas, as the
+        network's own do; else the image.
         """
         affinity_logits = raw.affinity_logits
         assert raw.logits is not None
         grid = () if affinity_logits is None else affinity_logits.shape[1:-1]
-        labels, plain, probs = _enlarge(raw.logits, change, raw.geometry, grid, own)
+        keep = gate.limits(self.operator if refine is None else refine)
+        labels, plain, probs = _enlarge(raw.logits, change, keep, raw.geometry, grid, own)
         if affinity_logits is not None:
             affinity_logits = affinity_logits[0, *map(slice, raw.geometry.cells(grid))]
         return Result(
@@ -376,6 +384,7 @@ def _where_seen(result: Result, seen: Seen) -> Result:
 def _enlarge(
     logits: jax.Array,
     change: jax.Array | None,
+    keep: np.ndarray | None,
     geometry: Geometry,
     grid: tuple[int, ...],
     own: bool,
@@ -394,6 +403,6 @@ def _enlarge(
     if change is not None:
         # Cells of a padded canvas are whole; of an unpadded one they are stretched to its size.
         covered = [n * c // g for n, c, g in zip(change.shape[1:-1], geometry.canvas, grid)]  # noqa: B905
-        scores = plain + fit(change, tuple(covered))
+        scores = gate.corrected(plain, fit(change, tuple(covered)), keep)
     labels, unrefined = (jnp.argmax(x, axis=-1).astype(jnp.uint8) for x in (scores, plain))
     return labels, unrefined, jax.nn.softmax(scores)

@@ -133,10 +133,10 @@ class Viewer:
 
     def _refine(self, settings: Settings) -> Result:
         picture, raw = self._seen(settings.index)
-        change = None
+        change, refine = None, propagate.operator(**settings.refinement())
         if self.predictor.has_affinity:
-            change = self.predictor.correction(raw, propagate.operator(**settings.refinement()))
-        return self.predictor.finish(picture.image, raw, change)
+            change = self.predictor.correction(raw, refine)
+        return self.predictor.finish(picture.image, raw, change, refine)
 
     def render(self, settings: Settings) -> tuple[np.ndarray, str]:
         """The layer as RGB uint8 `[H, W, 3]`, and a line of figures."""

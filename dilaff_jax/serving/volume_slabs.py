@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from dilaff_jax import propagate, resize
+from dilaff_jax import gate, propagate, resize
 from dilaff_jax.models import test_time
 from dilaff_jax.serving.network import Network, Windows
 from dilaff_jax.serving.reach import reach
@@ -150,7 +150,7 @@ def _finished(
     change = propagate.correction(
         logits[None], edges[None], np.array(offsets), operator, finite=True
     )[0]
-    scores = logits + change
+    scores = gate.corrected(logits, change, gate.limits(operator))
     labels, plain = (jnp.argmax(x, axis=-1).astype(jnp.uint8) for x in (scores, logits))
     return labels, plain, jax.nn.softmax(scores)
 
