@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -473,6 +474,7 @@ def test_some_files_of_a_folder_and_one_written_at_once(place, tmp_path):
     mirror.write_text(tmp_path / "config.json", "on a disk")
     assert (tmp_path / "config.json").read_text() == "on a disk"
     assert mirror.below(tmp_path, "a", "b") == tmp_path / "a" / "b"
+    assert mirror.below("~/runs", "a") == pathlib.Path.home() / "runs" / "a"
 
 
 def test_who_dies_is_succeeded_and_who_was_succeeded_stops(place, tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def below(path: str | os.PathLike, *names: str) -> str | pathlib.Path:
     """A path below another, on a disk or in a bucket."""
     if bucket_lib.is_address(path):
         return "/".join((os.fspath(path).rstrip("/"), *names))
-    return pathlib.Path(path, *names)
+    return pathlib.Path(path).expanduser().joinpath(*names)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
