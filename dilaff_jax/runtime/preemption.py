@@ -33,8 +33,11 @@ def stop_signal() -> Iterator[Stop]:
     if callable(interrupt):
 
         def note(*about: Any) -> None:
-            stop.interrupted = True
-            interrupt(*about)
+            try:
+                interrupt(*about)
+            except KeyboardInterrupt:  # not where it is to come once more
+                stop.interrupted = True
+                raise
 
         own[signal.SIGINT] = note
     # With several processes JAX's own service listens, so that all stop at the same step.
