@@ -202,7 +202,7 @@ def test_two_machines_do_not_train_in_one_folder_and_a_stopped_one_is_succeeded(
 def test_machines_share_an_ablation_and_one_that_dies_is_succeeded(
     place, data_dir, tmp_path, monkeypatch
 ):
-    """As on a disk, run by run; what the killed one trained is waited for, then gone on with."""
+    """As on a disk, run by run: what the killed one had not come to the end of is gone on with."""
     address, _ = place
     options = ("--mode=ablate", *runs.options(num_steps=6, eval_every=6))
     disk = tmp_path / "disk"
@@ -221,8 +221,7 @@ def test_machines_share_an_ablation_and_one_that_dies_is_succeeded(
     assert runs.wait_for(lambda: len(begun()) >= 2, one)
     one.kill()
     one.communicate()
-    output = running.finish(two)
-    assert "gives none: it is taken over" in output
+    running.finish(two)
     output = running.finish(machine("one"))
     assert output.count(": trained ==") == 3, output
     found = fetched(address, tmp_path, monkeypatch)
