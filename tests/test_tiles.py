@@ -21,8 +21,9 @@ from dilaff_jax.data.images import DataError
 from dilaff_jax.errors import UserError
 from dilaff_jax.serving import predict_files, refine_files, tile_files, tiles, writer
 from dilaff_jax.serving.foreign_files import Form
+from dilaff_jax.serving.geometry import Geometry
 from dilaff_jax.serving.network import Network
-from dilaff_jax.serving.predictor import Geometry, Predictor, Raw
+from dilaff_jax.serving.predictor import Predictor, Raw
 from dilaff_jax.serving.reach import reach
 from tests import data_files
 

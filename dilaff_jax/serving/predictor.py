@@ -25,6 +25,7 @@ from dilaff_jax.interop import hub
 from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.runtime.refinement import Use
 from dilaff_jax.serving import foreign, inputs, volume_slabs
+from dilaff_jax.serving.geometry import Geometry, enlarge
 from dilaff_jax.serving.inputs import ImageLike, Seen
 from dilaff_jax.serving.network import Network, from_run
 
@@ -32,21 +33,6 @@ from dilaff_jax.serving.network import Network, from_run
 PROGRAMS = 8
 # The coarsest stride of any encoder: on multiples of it all grids of a network coincide.
 CELL = 32
-
-
-class Geometry(NamedTuple):
-    """Height and width of an image as given, as scaled, and as padded for the network.
-
-    Of a volume its three sides.
-    """
-
-    original: tuple[int, ...]
-    scaled: tuple[int, ...]
-    canvas: tuple[int, ...]
-
-    def cells(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """How many of a grid's cells over the canvas touch the scaled image."""
-        return tuple(-(-n * g // c) for n, g, c in zip(self.scaled, grid, self.canvas))  # noqa: B905
 
 
 class Raw(NamedTuple):
@@ -298,7 +284,7 @@ class Predictor:
         assert raw.logits is not None
         grid = () if affinity_logits is None else affinity_logits.shape[1:-1]
         keep = gate.limits(self.operator if refine is None else refine)
-        labels, plain, probs = _enlarge(raw.logits, change, keep, raw.geometry, grid, own)
+        labels, plain, probs = enlarge(raw.logits, change, keep, raw.geometry, grid, own)
         if affinity_logits is not None:
             affinity_logits = affinity_logits[0, *map(slice, raw.geometry.cells(grid))]
         return Result(
@@ -378,31 +364,3 @@ def _where_seen(result: Result, seen: Seen) -> Result:
         for labels in (result.labels, result.plain):
             labels[~seen.there] = IGNORE_LABEL
     return dataclasses.replace(result, place=seen.place)
-
-
-@functools.partial(jax.jit, static_argnames=("geometry", "grid", "own"))
-def _enlarge(
-    logits: jax.Array,
-    change: jax.Array | None,
-    keep: np.ndarray | None,
-    geometry: Geometry,
-    grid: tuple[int, ...],
-    own: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Labels, unrefined labels `[B, H, W]`, probabilities `[B, H, W, C]`, at the original size."""
-
-    def fit(x: jax.Array, covered: tuple[int, ...]) -> jax.Array:
-        """Enlarges what covers so many scaled pixels, and cuts the image out of it."""
-        inner = resize.bilinear(x, covered)[:, *map(slice, geometry.scaled)]
-        return resize.bilinear(inner, geometry.original)
-
-    if own:
-        scores = plain = fit(logits, geometry.canvas)
-    else:
-        scores = plain = resize.bilinear_logits(logits, geometry.original)
-    if change is not None:
-        # Cells of a padded canvas are whole; of an unpadded one they are stretched to its size.
-        covered = [n * c // g for n, c, g in zip(change.shape[1:-1], geometry.canvas, grid)]  # noqa: B905
-        scores = gate.corrected(plain, fit(change, tuple(covered)), keep)
-    labels, unrefined = (jnp.argmax(x, axis=-1).astype(jnp.uint8) for x in (scores, plain))
-    return labels, unrefined, jax.nn.softmax(scores)

@@ -26,8 +26,9 @@ from dilaff_jax.labels import IGNORE_LABEL
 from dilaff_jax.serving import foreign, inputs, tiles
 from dilaff_jax.serving.foreign_files import Form
 from dilaff_jax.serving.foreign_windows import Scores
+from dilaff_jax.serving.geometry import Geometry
 from dilaff_jax.serving.inputs import Windows
-from dilaff_jax.serving.predictor import Geometry, Predictor, Raw
+from dilaff_jax.serving.predictor import Predictor, Raw
 from dilaff_jax.serving.writer import Options, write_png
 
 # The longer side of the picture that shows the whole.
