@@ -191,6 +191,15 @@ def test_the_gate_holds_the_least_of_all_by_which_no_class_loses_more(seed, limi
     assert held == least
 
 
+def test_not_even_one_pixel_of_ten_million_is_lost_for_less_to_hold():
+    number = np.array([10_000_000, 10_000_000])
+    counts = np.zeros((3, 2, len(CONFIDENCES), 2), np.int64)
+    counts[:2, 1, 3, 0] = 1  # all that changes: one pixel, which was right
+    keep = class_losses.best_gate(Sides(number, number, number), Changed(*counts), 0.0)
+    assert keep[1] < CONFIDENCES[3]
+    assert keep[0] == 1
+
+
 def test_without_anything_to_lose_nothing_is_held():
     before = np.array([0, 0, 1, 1, 2, 2] * 50)
     after = truth = np.array([0, 1, 1, 2, 2, 0] * 50)

@@ -173,12 +173,12 @@ class Clock:
     @property
     def seconds(self) -> dict[str, float]:
         """Of every run that was begun, as its folder has it."""
-        paths = {str(run): run.workdir / "seconds.json" for run in self._runs}
-        return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
+        found = {str(run): _seconds(run) for run in self._runs}
+        return {name: seconds for name, seconds in found.items() if seconds is not None}
 
     def add(self, run: Run, seconds: float) -> None:
         """Adds the time of one call."""
-        total = self.seconds.get(str(run), 0.0) + seconds
+        total = (_seconds(run) or 0.0) + seconds
         mirror.write_text(mirror.below(run.home, "seconds.json"), json.dumps(total) + "\n")
 
     def left(self, todo: Sequence[Run]) -> str:
@@ -193,3 +193,9 @@ class Clock:
             known = of_arm or list(done.values())
             total += max(0.0, sum(known) / len(known) - seconds.get(str(run), 0.0))
         return f"about {max(1, round(total / 60))} min of training left"
+
+
+def _seconds(run: Run) -> float | None:
+    """Spent on a run so far; None where it was not begun."""
+    path = run.workdir / "seconds.json"
+    return float(json.loads(path.read_text())) if path.exists() else None

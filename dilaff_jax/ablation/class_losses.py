@@ -20,7 +20,8 @@ from dilaff_jax.runtime import parallel
 
 # What a gate's numbers may be: 0 leaves a class alone, 1 changes whatever propagation would.
 CONFIDENCES = np.array([0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1], np.float32)
-# A loss of one class beyond the limit, of 0.001 points of IoU, is as bad as holding all changes.
+# A loss of one class beyond the limit is worse than holding all changes, and the worse the larger:
+# of 0.001 points of IoU twice as bad.
 _PENALTY = 1e5
 
 
@@ -124,7 +125,8 @@ def best_gate(plain: Sides, changed: Changed, limit: float) -> np.ndarray:
         ious = Sides(sums[..., 0, :], plain.true, sums[..., 1, :]).ious
         # One that is absent has no IoU to lose.
         lost = np.nan_to_num(before - ious - limit, nan=0.0)
-        return -held - _PENALTY * np.maximum(lost, 0).sum(axis=-1)
+        beyond = np.maximum(lost, 0).sum(axis=-1)
+        return -held - (beyond > 0) - _PENALTY * beyond
 
     ends = []
     for start in (0, last):

@@ -21,6 +21,14 @@ def listen() -> None:
         signal.signal(signal.SIGINT, _interrupt)
 
 
+def later(number: int, seconds: float) -> threading.Timer:
+    """Sends this process a signal in a while, unless the timer is cancelled."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
     """Ctrl-C within is raised at the end; one more is raised at once.
@@ -56,9 +64,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
     calls = {getattr(called, "__code__", None) for called in gc.callbacks}
     while frame is not None:
         if frame.f_code in calls or frame.f_code.co_name == "__del__":
-            again = threading.Timer(0.05, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
+            later(number, 0.05)
             return
         frame = frame.f_back
     raise KeyboardInterrupt

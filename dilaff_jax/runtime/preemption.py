@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from dilaff_jax.runtime import interrupts
+
 
 class Preempted(Exception):  # noqa: N818 - it is no error
     """The process was asked to stop, and its state is saved."""
@@ -94,9 +96,7 @@ def stopping_cleanly(workdir: str | os.PathLike) -> Iterator[Callable[[bool], No
         asked = True
         if not training:
             raise Preempted(message)
-        again = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
-        again.daemon = True
-        again.start()
+        again = interrupts.later(signal.SIGTERM, 1.0)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
